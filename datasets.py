@@ -1,0 +1,395 @@
+"""Data sets and transforms, named as in DeiT's `datasets.py`.
+
+Modifications of https://github.com/facebookresearch/deit (`datasets.py`):
+- a sample's augmentation depends on (seed, epoch, index, repetition) alone (`SampleDataset`);
+- unreadable images end the run with their path, or are replaced and counted;
+- CIFAR-10, a built-in demo set and torchvision's iNaturalist; ImageFolders of any class count;
+- inputs of (H, W); inputs of at most 32 pixels are resized when the images have another size;
+- bad input raises `InputError` with one line.
+"""
+
+import hashlib
+import json
+import random
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets, transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from demo_data import is_demo, make_demo
+from images import BadImageError, ResizeToCover, allow_posterize_to_black, load_image
+from utils import InputError
+
+__all__ = [
+    "BAD_IMAGE_POLICIES",
+    "DATA_SETS",
+    "BadImageError",
+    "SampleDataset",
+    "SampleKey",
+    "build_dataset",
+    "build_transform",
+    "check_same_classes",
+    "load_image",
+    "make_demo",
+]
+
+DATA_SETS = ("IMNET", "CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19", "DEMO")
+BAD_IMAGE_POLICIES = ("error", "skip")
+
+# DeiT's limit: inputs up to this size are cropped out of the padded image, not zoomed into.
+SMALL_INPUT = 32
+# How many other samples a bad training image tries before the run gives up.
+MAX_REPLACEMENTS = 100
+# DeiT's names for torchvision's target types of iNaturalist 2018 and 2019.
+INAT_CATEGORIES = {"name": "full", "full": "full", "supercategory": "super", "super": "super"}
+
+
+class SampleKey(NamedTuple):
+    """What a training sample's augmentation depends on, beside the run's seed."""
+
+    index: int
+    epoch: int
+    repetition: int
+
+
+def _hash(*fields: int) -> int:
+    """63-bit hash of integers, the same on every machine."""
+    digest = hashlib.blake2b(repr(fields).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def _random_states(seed: int) -> Iterator[None]:
+    """Seeds the three CPU generators for the body, then puts their states back.
+
+    CUDA's generators stay untouched (`torch.manual_seed` would seed them too).
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class SampleDataset(Dataset):
+    """Wraps a torchvision data set so that a key alone decides the sample.
+
+    With a `SampleKey` the three CPU random generators are seeded from (seed, epoch, index,
+    repetition) around the transform, so an image is the same with any number of workers, in any
+    order and after a resume. With a plain index, which is evaluation, nothing is random either: a
+    transform that draws numbers draws the same ones each time.
+
+    Attributes:
+        classes: class names; the target is an index into them.
+        targets: (num_samples,) int64 array of all targets, known without reading an image.
+    """
+
+    def __init__(
+        self,
+        source: Dataset,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        targets: Sequence[int],
+        classes: Sequence[str],
+        image_size: tuple[int, int],
+        seed: int = 0,
+        bad_images: str = "error",
+    ) -> None:
+        """Wraps `source`.
+
+        Args:
+            source: source[index] gives (RGB image, target) or raises `BadImageError`.
+            transform: from an RGB image to a (3, H, W) float32 tensor.
+            targets: target of each sample.
+            classes: class names.
+            image_size: (H, W) of the transform's output.
+            seed: of the run.
+            bad_images: "error" raises `BadImageError`; "skip" puts another sample in the place of
+                a bad one in training, and a zero image with the right target in evaluation.
+        """
+        if bad_images not in BAD_IMAGE_POLICIES:
+            choices = ", ".join(BAD_IMAGE_POLICIES)
+            raise InputError(f"bad_images is {bad_images!r}, allowed: {choices}")
+        self.source = source
+        self.transform = transform
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = list(classes)
+        self.image_size = image_size
+        self.seed = seed
+        self.bad_images = bad_images
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, int, int]:
+        """Reads one sample.
+
+        Args:
+            key: a `SampleKey` in training, an index in evaluation.
+
+        Returns:
+            The image, (3, H, W) float32, normalised; its target; and 1 if the image of this key
+            could not be read, else 0.
+        """
+        training = isinstance(key, SampleKey)
+        key = key if training else SampleKey(int(key), 0, 0)
+        is_bad = 0
+        try:
+            image, target = self.source[key.index]
+        except BadImageError as error:
+            if self.bad_images == "error":
+                raise
+            is_bad = 1
+            if not training:
+                return torch.zeros(3, *self.image_size), int(self.targets[key.index]), is_bad
+            image, target = self._replacement(key, error)
+        seed = _hash(self.seed, key.epoch, key.index, key.repetition)
+        with _random_states(seed):
+            return self.transform(image), int(target), is_bad
+
+    def _replacement(self, key: SampleKey, error: BadImageError) -> tuple[Image.Image, int]:
+        """Another readable sample; which one depends on the seed and the key alone."""
+        for attempt in range(MAX_REPLACEMENTS):
+            fields = (self.seed, key.epoch, key.index, key.repetition, attempt)
+            try:
+                return self.source[_hash(*fields) % len(self)]
+            except BadImageError:
+                continue
+        text = f"{error}; and {MAX_REPLACEMENTS} samples drawn in its place cannot be read either"
+        raise BadImageError(text) from error
+
+
+def check_same_classes(train_dataset: SampleDataset, val_dataset: SampleDataset) -> None:
+    """Raises `InputError` naming the classes that only one of the two data sets has.
+
+    Args:
+        train_dataset: to train on.
+        val_dataset: to evaluate on.
+    """
+    train, val = train_dataset.classes, val_dataset.classes
+    if train == val:
+        return
+    differences = [
+        f"only in {name}: {_listing([c for c in ours if c not in set(theirs)])}"
+        for name, ours, theirs in (("train", train, val), ("val", val, train))
+        if set(ours) - set(theirs)
+    ]
+    raise InputError(
+        "train and val have different classes; " + ("; ".join(differences) or "another order")
+    )
+
+
+def _listing(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _image_size(input_size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a size given as one number or as two."""
+    sizes = (input_size,) if isinstance(input_size, int) else tuple(input_size)
+    if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
+        raise InputError(f"input_size is {input_size}, allowed: one or two numbers from 1 up")
+    return sizes[0], sizes[-1]
+
+
+def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
+    """Builds DeiT's transform for training or evaluation.
+
+    Training is timm's `create_transform`: random resized crop, flip, colour jitter or
+    auto-augment, normalisation, random erasing. Evaluation makes the image cover
+    (int(H / eval_crop_ratio), int(W / eval_crop_ratio)) by an antialiased bicubic resize that
+    keeps the aspect ratio (for H = W, the short side becomes int(H / eval_crop_ratio)), then crops
+    (H, W) from the centre. Inputs of at most 32 x 32 follow DeiT's rule for CIFAR: train on random
+    crops of the image padded by 4, evaluate on the whole of it; images of another size are resized
+    to cover the input first.
+
+    Args:
+        is_train: for training or for evaluation.
+        args: reads input_size (a number or (H, W)); for training color_jitter, aa,
+            train_interpolation, reprob, remode, recount; for evaluation eval_crop_ratio.
+
+    Returns:
+        A transform from an RGB image to a (3, H, W) float32 tensor with ImageNet's normalisation.
+    """
+    rows, cols = _image_size(args.input_size)
+    is_small = max(rows, cols) <= SMALL_INPUT
+    if is_train:
+        transform = _train_transform((rows, cols), args)
+        if is_small:
+            cover = ResizeToCover((rows, cols))
+            crop = transforms.RandomCrop((rows, cols), padding=4)
+            transform.transforms[:1] = [cover, crop]
+        return transform
+    ratio = 1.0 if is_small else args.eval_crop_ratio
+    if not 0 < ratio <= 1:
+        raise InputError(f"eval_crop_ratio is {ratio}, allowed: above 0, up to 1")
+    return transforms.Compose([
+        ResizeToCover((int(rows / ratio), int(cols / ratio))),
+        transforms.CenterCrop((rows, cols)),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    ])
+
+
+def _train_transform(image_size: tuple[int, int], args: Namespace) -> transforms.Compose:
+    """timm's training transform, with its assertions turned into `InputError`."""
+    auto_augment = None if args.aa in (None, "", "none") else args.aa
+    try:
+        transform = create_transform(
+            input_size=image_size,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=auto_augment,
+            interpolation=args.train_interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        options = f"aa={args.aa!r}, train_interpolation={args.train_interpolation!r}"
+        raise InputError(
+            f"timm refuses the augmentation {options}, remode={args.remode!r} "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    allow_posterize_to_black(transform)
+    return transform
+
+
+def _image_folder(root: Path, split: str) -> datasets.ImageFolder:
+    """ImageFolder of root/split, after checks that say what is missing."""
+    folder = root / split
+    if not folder.is_dir():
+        raise InputError(
+            f"no folder {split}/ in {root}: expected {split}/CLASS/IMAGE "
+            "(training needs train/ and val/, evaluation needs val/ only)"
+        )
+    if not any(entry.is_dir() for entry in folder.iterdir()):
+        raise InputError(f"no class folder in {folder}: expected {split}/CLASS/IMAGE")
+    source = datasets.ImageFolder(folder, loader=load_image, allow_empty=True)
+    filled = set(source.targets)
+    empty = [name for name, target in source.class_to_idx.items() if target not in filled]
+    if empty:
+        raise InputError(
+            f"no image in class folder {_listing(empty)} of {folder} "
+            f"(extensions: {' '.join(IMG_EXTENSIONS)})"
+        )
+    return source
+
+
+def _inaturalist(root: Path, is_train: bool, year: str, args: Namespace) -> datasets.INaturalist:
+    """torchvision's iNaturalist, cut to the competition's train or val split.
+
+    torchvision reads the images of both splits as one set, so the split comes from the
+    competition's own lists of images, train2018.json and val2018.json (or 2019).
+    """
+    if args.inat_category not in INAT_CATEGORIES:
+        raise InputError(
+            f"inat_category is {args.inat_category!r}, allowed for iNaturalist {year}: "
+            + ", ".join(INAT_CATEGORIES)
+        )
+    source = datasets.INaturalist(
+        str(root),
+        version=year,
+        target_type=INAT_CATEGORIES[args.inat_category],
+        download=args.download,
+        loader=load_image,
+    )
+    split_list = root / f"{'train' if is_train else 'val'}{year}.json"
+    if not split_list.is_file():
+        raise InputError(
+            f"{split_list} does not exist: it lists the images of the split; "
+            "get it from https://github.com/visipedia/inat_comp"
+        )
+    images = json.loads(split_list.read_text(encoding="utf-8"))["images"]
+    # train_val2018/SUPER/ID/NAME.jpg -> SUPER/ID/NAME.jpg
+    wanted = {image["file_name"].partition("/")[2] for image in images}
+    # Sorted, since torchvision takes the file system's order.
+    source.index = sorted(
+        item for item in source.index if f"{source.all_categories[item[0]]}/{item[1]}" in wanted
+    )
+    if not source.index:
+        raise InputError(f"none of the images listed in {split_list} is in {source.root}")
+    (target_type,) = source.target_type
+    if target_type == "full":
+        source.classes = list(source.all_categories)
+        source.targets = [category for category, _ in source.index]
+    else:
+        source.classes = list(source.categories_index[target_type])
+        source.targets = [source.categories_map[c][target_type] for c, _ in source.index]
+    return source
+
+
+def _torchvision_source(is_train: bool, root: Path, args: Namespace) -> Dataset:
+    """The torchvision data set that `args` names; what it raises becomes an `InputError`."""
+    try:
+        if args.data_set == "CIFAR10":
+            return datasets.CIFAR10(root, train=is_train, download=args.download)
+        if args.data_set in ("CIFAR100", "CIFAR"):
+            return datasets.CIFAR100(root, train=is_train, download=args.download)
+        year = "2018" if args.data_set == "INAT" else "2019"
+        return _inaturalist(root, is_train, year, args)
+    except InputError:
+        raise
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        folder = {"CIFAR10": "cifar-10-batches-py", "INAT": "2018", "INAT19": "2019"}
+        expected = root / folder.get(args.data_set, "cifar-100-python")
+        advice = "try again later" if args.download else "--download fetches it"
+        raise InputError(
+            f"cannot read {args.data_set}, expected in {expected} ({advice}): "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def build_dataset(is_train: bool, args: Namespace) -> tuple[SampleDataset, int]:
+    """Builds the training or the validation set.
+
+    With several processes, let one call this first when something may be downloaded.
+
+    Args:
+        is_train: training or validation split, and transform.
+        args: reads data_set (one of `DATA_SETS`), data_path, seed, bad_images, download,
+            inat_category and what `build_transform` reads.
+
+    Returns:
+        The data set and its number of classes.
+    """
+    root = Path(args.data_path).expanduser()
+    if args.data_set not in DATA_SETS:
+        raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
+    transform = build_transform(is_train, args)
+    if args.data_set == "DEMO" and not is_demo(root):
+        make_demo(root)
+    downloads = args.download and args.data_set not in ("IMNET", "DEMO")
+    if not root.is_dir() and not downloads:
+        raise InputError(f"data path {root} does not exist or is not a folder")
+    if args.data_set in ("IMNET", "DEMO"):
+        source = _image_folder(root, "train" if is_train else "val")
+    else:
+        source = _torchvision_source(is_train, root, args)
+    dataset = SampleDataset(
+        source,
+        transform,
+        targets=source.targets,
+        classes=source.classes,
+        image_size=_image_size(args.input_size),
+        seed=args.seed,
+        bad_images=args.bad_images,
+    )
+    return dataset, len(dataset.classes)

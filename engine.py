@@ -1,0 +1,326 @@
+"""One epoch of training, and evaluation."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import (
+    MetricLogger,
+    SmoothedValue,
+    all_reduce_sum,
+    get_rank,
+    get_world_size,
+    seed_everything,
+)
+
+
+class DivergenceError(RuntimeError):
+    """The loss is not finite: going on would only spoil the weights."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to run the steps of an epoch.
+
+    Attributes:
+        amp_dtype: autocast type, or None for none.
+        accum_steps: batches whose gradients make one update.
+        clip_grad: largest gradient norm, or None.
+        print_freq: batches between progress lines.
+        seed: of everything random in a step.
+        training_mode: False keeps stochastic depth and dropout off (fine-tuning).
+        keep_rate_at: epochs done, as a fraction -> one keep rate per reducing block; None: fixed.
+        shrink_by_step: the keep rate follows `keep_rate_at` within an epoch too.
+    """
+
+    amp_dtype: torch.dtype | None = None
+    accum_steps: int = 1
+    clip_grad: float | None = None
+    print_freq: int = 10
+    seed: int = 0
+    training_mode: bool = True
+    keep_rate_at: Callable[[float], Sequence[float]] | None = None
+    shrink_by_step: bool = True
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a run trains, and that a checkpoint therefore holds.
+
+    Attributes:
+        model: the bare model, without a DistributedDataParallel wrapper.
+        optimizer: its optimizer.
+        scheduler: timm scheduler, stepped after every epoch.
+        scaler: gradient scaler, disabled unless fp16.
+        ema: moving average of the weights, or None.
+        epoch: the epoch to train next, or being trained.
+        step: batches of it that are done; a multiple of the accumulation.
+        updates: optimizer updates since the start.
+        best: best validation accuracy by name, in percent.
+        metrics: the meters of the epoch being trained.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values that `load_state_dict` takes."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "updates": self.updates,
+            "best": self.best,
+            "metrics": self.metrics,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where `state_dict` was taken; the weights are loaded by the caller."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.updates, self.best = state["updates"], dict(state["best"])
+        self.metrics = state["metrics"]
+
+
+def shrunk_keep_rate(
+    epochs_done: float, keep_rates: Sequence[float], *, start_epoch: int, shrink_epochs: int
+) -> tuple[float, ...]:
+    """EViT's gradual shrinking: 1 before, a cosine from 1 to the keep rate, the keep rate after.
+
+    Args:
+        epochs_done: epochs since the start, as a fraction.
+        keep_rates: the final keep rate of each reducing block.
+        start_epoch: epoch in which the shrinking starts.
+        shrink_epochs: how many epochs it takes; 0 gives the final keep rates at once.
+
+    Returns:
+        The keep rate of each reducing block, rounded up to thousandths and so in (0, 1].
+    """
+    if shrink_epochs == 0 or epochs_done >= start_epoch + shrink_epochs:
+        return tuple(keep_rates)
+    if epochs_done < start_epoch:
+        return (1.0,) * len(keep_rates)
+    progress = (epochs_done - start_epoch) / shrink_epochs
+    share = (math.cos(math.pi * progress) + 1) / 2  # 1 -> 0
+    return tuple(
+        min(1.0, math.ceil((rate + (1 - rate) * share) * 1000) / 1000) for rate in keep_rates
+    )
+
+
+def num_training_steps(num_batches: int, accum_steps: int) -> int:
+    """Batches of an epoch that are used: whole updates only, but at least one."""
+    return max(accum_steps, num_batches // accum_steps * accum_steps) if num_batches else 0
+
+
+def _autocast(device: torch.device, amp_dtype: torch.dtype | None):
+    return torch.autocast(device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
+
+
+def train_one_epoch(
+    state: TrainState,
+    model: nn.Module,
+    criterion: nn.Module,
+    data_loader: Iterable,
+    *,
+    device: torch.device,
+    num_steps: int,
+    options: TrainOptions,
+    mixup: Mixup | None = None,
+    after_update: Callable[[TrainState], None] | None = None,
+) -> dict[str, float]:
+    """Trains for one epoch, or for the rest of one.
+
+    Args:
+        state: what changes; `state.step` batches of the epoch are done already.
+        model: the model to call: `state.model` or its DistributedDataParallel wrapper.
+        criterion: (images, logits, targets) -> loss.
+        data_loader: (images, targets, is_bad) batches from number `state.step` on.
+        device: where the model is.
+        num_steps: batches of the whole epoch.
+        options: how to run the steps.
+        mixup: timm's mixup and cutmix, or None.
+        after_update: called after every update, e.g. to write a checkpoint.
+
+    Returns:
+        Means over the epoch and all processes: loss, lr, keep_rate, and the number of bad images.
+
+    Raises:
+        DivergenceError: the loss is not finite.
+    """
+    model.train(options.training_mode)
+    metrics = _new_metrics(state.metrics)
+    header = f"Epoch: [{state.epoch}]"
+    batches = islice(data_loader, num_steps - state.step)
+    progress = metrics.log_every(
+        batches, options.print_freq, header=header, total=num_steps, start=state.step
+    )
+    state.optimizer.zero_grad()
+    loss_sum = 0.0
+    for images, targets, is_bad in progress:
+        seed_everything(options.seed, get_rank(), state.epoch, state.step)
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        if options.keep_rate_at and (options.shrink_by_step or state.step == 0):
+            set_keep_rate(state, options.keep_rate_at(state.epoch + state.step / num_steps))
+        if mixup is not None:
+            images, targets = mixup(images, targets)
+
+        last = (state.step + 1) % options.accum_steps == 0
+        waits = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if waits else nullcontext():
+            with _autocast(device, options.amp_dtype):
+                loss = criterion(images, model(images), targets)
+            state.scaler.scale(loss / options.accum_steps).backward()
+        loss_value, num_bad = all_reduce_sum([loss.item(), float(is_bad.sum())], device)
+        loss_sum += loss_value / get_world_size()
+        _check_finite(loss_sum, state, metrics)
+        metrics.update(bad_images=num_bad)
+        state.step += 1
+        if last:
+            _update(state, options.clip_grad)
+            metrics.update(loss=loss_sum / options.accum_steps)
+            metrics.update(lr=state.optimizer.param_groups[0]["lr"])
+            loss_sum = 0.0
+            state.metrics = metrics.state_dict()
+            if after_update is not None:
+                after_update(state)
+    averages = metrics.averages()
+    averages["bad_images"] = metrics.meters["bad_images"].total
+    return averages
+
+
+def _new_metrics(saved: dict) -> MetricLogger:
+    metrics = MetricLogger()
+    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    metrics.add_meter("loss", SmoothedValue())
+    metrics.add_meter("bad_images", SmoothedValue(fmt="{value:.0f}"))
+    metrics.load_state_dict(saved)
+    return metrics
+
+
+def _check_finite(loss: float, state: TrainState, metrics: MetricLogger) -> None:
+    """Raises DivergenceError unless the loss, averaged over all processes, is finite: all stop."""
+    if not math.isfinite(loss):
+        history = ", ".join(f"{past:.4g}" for past in metrics.meters["loss"].deque) or "none"
+        raise DivergenceError(
+            f"the loss is {loss} in epoch {state.epoch}, step {state.step}, at learning rate "
+            f"{state.optimizer.param_groups[0]['lr']:.3g}; losses before: {history}"
+        )
+
+
+def _update(state: TrainState, clip_grad: float | None) -> None:
+    """One optimizer step from the gradients at hand, and the moving average after it."""
+    if clip_grad is not None:
+        state.scaler.unscale_(state.optimizer)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.updates += 1
+    if state.ema is not None:
+        state.ema.update(state.model)
+
+
+def set_keep_rate(state: TrainState, keep_rates: Sequence[float]) -> None:
+    """Sets the keep rates of the model and of its moving average."""
+    state.model.set_keep_rate(keep_rates)
+    if state.ema is not None:
+        state.ema.module.set_keep_rate(keep_rates)
+
+
+class BatchScores(NamedTuple):
+    """Per-image scores of a batch.
+
+    Attributes:
+        correct1: (B,) bool, the target has the largest logit.
+        correct5: (B,) bool, the target is among the five largest logits.
+        loss: (B,) float32 cross-entropy.
+    """
+
+    correct1: Tensor
+    correct5: Tensor
+    loss: Tensor
+
+
+def score_batch(logits: Tensor, targets: Tensor, is_bad: Tensor) -> BatchScores:
+    """Scores logits (B, classes) against targets (B,); an unreadable image counts as wrong."""
+    logits = logits.float()
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+    hit = (top == targets.unsqueeze(1)) & ~is_bad.bool().unsqueeze(1)
+    loss = F.cross_entropy(logits, targets, reduction="none")
+    return BatchScores(hit[:, 0], hit.any(dim=1), loss)
+
+
+@torch.no_grad()
+def evaluate(
+    data_loader: Iterable,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    print_freq: int = 10,
+    header: str = "Test:",
+    all_ranks: bool = True,
+) -> dict[str, float]:
+    """Accuracy and loss over a data set, every image counted once.
+
+    Args:
+        data_loader: (images, targets, is_bad) batches; each process has its own share.
+        model: put into evaluation mode and left there.
+        device: where the model is.
+        amp_dtype: autocast type, or None for none.
+        print_freq: batches between progress lines.
+        header: first words of the progress lines.
+        all_ranks: the processes share the data set, so add up their counts.
+
+    Returns:
+        acc1 and acc5 in percent, loss (mean cross-entropy), and how many images were evaluated and
+        how many of them could not be read.
+    """
+    model.eval()
+    metrics = MetricLogger()
+    sums = torch.zeros(5, dtype=torch.float64)  # correct1, correct5, loss, images, bad images
+    batches = metrics.log_every(data_loader, print_freq, header=header, total=len(data_loader))
+    for images, targets, is_bad in batches:
+        images = images.to(device, non_blocking=True)
+        with _autocast(device, amp_dtype):
+            logits = model(images)
+        scores = score_batch(logits, targets.to(device), is_bad.to(device))
+        parts = [score.double().sum() for score in scores]
+        batch = torch.stack([*parts, parts[0].new_tensor(len(targets)), is_bad.double().sum()])
+        batch = batch.cpu()
+        metrics.update(loss=batch[2] / batch[3], acc1=100 * batch[0] / batch[3])
+        sums += batch
+    totals = all_reduce_sum(sums.tolist(), device) if all_ranks else sums.tolist()
+    correct1, correct5, loss, num_images, num_bad = totals
+    return {
+        "acc1": 100 * correct1 / num_images,
+        "acc5": 100 * correct5 / num_images,
+        "loss": loss / num_images,
+        "num_images": int(num_images),
+        "bad_images": int(num_bad),
+    }

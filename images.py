@@ -1,0 +1,172 @@
+"""Reading image files safely, and the steps that DeiT's transforms need beside timm's."""
+
+import warnings
+from itertools import chain
+
+import numpy as np
+from PIL import Image
+from timm.data import auto_augment
+from torchvision import transforms
+from torchvision.transforms import Compose, functional
+
+from utils import InputError
+
+# A file is read by its content, whatever its extension; formats outside this list (EPS, for one,
+# would start an external program) are refused.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Longer images are cut to this many short sides before resizing, which bounds the memory.
+MAX_ASPECT_RATIO = 64
+
+
+class BadImageError(InputError):
+    """An image that cannot be read; the text is one line with the path and the reason.
+
+    A data loader's worker sends its exception as text and the loader builds a new one from that
+    text alone, with the worker's traceback in it: given one argument, the last line counts.
+    """
+
+    def __init__(self, path: str, reason: object = None) -> None:
+        """Joins the path and the reason to one line.
+
+        Args:
+            path: of the image; or, without `reason`, the whole message.
+            reason: an exception or a text.
+        """
+        if reason is None:
+            message = str(path).rstrip().rpartition("\n")[2]
+            message = message.rpartition("BadImageError: ")[2]
+        else:
+            message = f"cannot read image {path}: {' '.join(str(reason).split())}"
+        super().__init__(message.replace("\n", "\\n"))
+
+
+def _grey_to_8bit(image: Image.Image) -> Image.Image:
+    """Scales a greyscale image of 16 or 32 bits to 8 (Pillow's own conversion clips at 255).
+
+    Integers within 0..65535 are taken as 16-bit, floats within 0..1 as fractions of white;
+    anything else is stretched from its own minimum to its own maximum.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+    if not np.isfinite(values).all():
+        raise ValueError("pixel values that are not finite")
+    if values.min() < low or values.max() > high:
+        low, high = values.min(), values.max()
+    scaled = (values - low) * (255.0 / max(high - low, np.finfo(np.float64).tiny))
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def load_image(path: str) -> Image.Image:
+    """Reads an image file as 8-bit RGB.
+
+    What reported accuracies were measured with stays as it is in torchvision's loader: alpha is
+    dropped, so a transparent pixel has the colour stored under it, and the orientation in EXIF
+    data is not applied. Of an animation the first frame counts. 16-bit greyscale is scaled to 8
+    bits. Images above twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels) are refused.
+
+    Args:
+        path: of a file with an image in one of `IMAGE_FORMATS`.
+
+    Returns:
+        An image of mode RGB, at least one pixel high and wide.
+
+    Raises:
+        BadImageError: for any file that is not such an image.
+    """
+    try:
+        # Pillow warns about large images, odd metadata and palettes with alpha, all defined here.
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=IMAGE_FORMATS)
+            image.load()
+            if image.mode.startswith("I") or image.mode == "F":
+                image = _grey_to_8bit(image)
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    # Pillow's decoders raise almost anything on damaged data: struct.error, SyntaxError, ...
+    except Exception as error:
+        raise BadImageError(path, str(error) or type(error).__name__) from error
+
+
+class ResizeToCover:
+    """Resizes so that the image just covers (H, W), keeping its aspect ratio.
+
+    For H = W this is torchvision's `Resize(H)`: the short side becomes H.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        """Sets the size to cover.
+
+        Args:
+            size: (H, W) in pixels.
+        """
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Resizes one image.
+
+        Args:
+            image: of any size; a very long one is first cut to its middle.
+
+        Returns:
+            The image, at least H high and W wide, with one of the two exact.
+        """
+        longest = MAX_ASPECT_RATIO * min(image.size)
+        if max(image.size) > longest:
+            size = [min(image.height, longest), min(image.width, longest)]
+            image = functional.center_crop(image, size)
+        rows, cols = self.size
+        width, height = image.size
+        if rows * width >= cols * height:
+            cols = max(cols, int(rows * width / height))
+        else:
+            rows = max(rows, int(cols * height / width))
+        if (cols, rows) == image.size:
+            return image
+        return image.resize((cols, rows), Image.Resampling.BICUBIC)
+
+
+def allow_posterize_to_black(transform: transforms.Compose) -> None:
+    """Lets timm's posterize keep 0 bits, which Pillow 13 refuses and older ones turned into black.
+
+    RandAugment reaches 0 bits at its largest magnitude, so that `rand-m9-mstd0.5` ends a run.
+
+    Args:
+        transform: timm's training transform; its posterize operations are changed in place.
+    """
+    for step in transform.transforms:
+        policies = getattr(step, "policy", [getattr(step, "ops", [])])
+        for operation in chain.from_iterable(policies):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **options)
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """Keeps the highest bits of each channel; with 0 bits the image is black."""
+    mask = 256 - 2 ** (8 - min(bits_to_keep, 8))
+    return image.point([value & mask for value in range(256)] * 3)
+
+
+def mend_posterize(transform: Compose) -> None:
+    """Lets timm's auto-augmentations posterize to 0 bits, in place.
+
+    At its highest magnitude timm keeps 0 bits, which made a black image until Pillow 13 and raises
+    a ValueError since. RandAugment as DeiT uses it gets there in one posterisation of forty.
+
+    Args:
+        transform: made by timm's `create_transform`.
+    """
+    for step in transform.transforms:
+        operations = [*getattr(step, "ops", ())]
+        for policy in getattr(step, "policy", ()):
+            operations += policy
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize

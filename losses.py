@@ -1,0 +1,89 @@
+"""Distillation loss, after DeiT's `losses.py` (https://github.com/facebookresearch/deit).
+
+Modifications: the teacher is frozen here, bad settings are ValueErrors, and a student without a
+distillation head is distilled through its class logits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DistillationLoss(nn.Module):
+    """A criterion plus a term that pulls the student to a teacher (DeiT, arXiv 2012.12877)."""
+
+    def __init__(
+        self,
+        base_criterion: nn.Module,
+        teacher_model: nn.Module | None = None,
+        distillation_type: str = "none",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+    ) -> None:
+        """Builds the criterion.
+
+        Args:
+            base_criterion: (logits, targets) -> loss.
+            teacher_model: images -> logits; needed unless the type is "none".
+            distillation_type: "none"; "soft": KL divergence to the teacher's distribution; "hard":
+                cross-entropy to the teacher's decision.
+            alpha: weight of the distillation term, in [0, 1].
+            tau: temperature of the soft distillation, > 0.
+
+        Raises:
+            ValueError: an argument is outside its range, or the teacher is missing.
+        """
+        super().__init__()
+        if distillation_type not in ("none", "soft", "hard"):
+            raise ValueError(
+                f"distillation_type must be none, soft or hard, got '{distillation_type}'"
+            )
+        if distillation_type != "none" and teacher_model is None:
+            raise ValueError(f"distillation_type '{distillation_type}' needs a teacher_model")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        if tau <= 0:
+            raise ValueError(f"tau must be above 0, got {tau}")
+        self.base_criterion = base_criterion
+        self.teacher_model = teacher_model
+        if teacher_model is not None:
+            teacher_model.eval().requires_grad_(False)
+        self.distillation_type = distillation_type
+        self.alpha = alpha
+        self.tau = tau
+
+    def forward(
+        self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            inputs: (B, 3, height, width) the images, which the teacher sees too.
+            outputs: (B, classes) logits, or a pair of them: class head, distillation head.
+            targets: (B,) class indices or (B, classes) probabilities, as the base criterion takes.
+
+        Returns:
+            Scalar (1 - alpha) * base loss + alpha * distillation term.
+        """
+        logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        base_loss = self.base_criterion(logits, targets)
+        if self.distillation_type == "none":
+            return base_loss
+        with torch.no_grad():
+            teacher_logits = self.teacher_model(inputs)
+        if self.distillation_type == "hard":
+            distillation = F.cross_entropy(distilled, teacher_logits.argmax(dim=1))
+        else:
+            # As in DeiT (after Hinton et al.): summed over classes and averaged over all elements
+            # of the batch, times tau^2 so that gradients keep their size.
+            distillation = (
+                F.kl_div(
+                    F.log_softmax(distilled / self.tau, dim=1),
+                    F.log_softmax(teacher_logits / self.tau, dim=1),
+                    reduction="sum",
+                    log_target=True,
+                )
+                * self.tau**2
+                / distilled.numel()
+            )
+        return base_loss * (1 - self.alpha) + distillation * self.alpha

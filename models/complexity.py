@@ -1,0 +1,123 @@
+"""Multiply-accumulates, parameters and token counts of a model.
+
+Counted by `torch.utils.flop_counter` on the meta device, where nothing is computed: the count is
+the same whatever device the model lives on. Linear layers, convolutions and matrix products count
+(attention and the stages' own products included), as in the papers' GMACs.
+"""
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .bat import BATVisionTransformer
+
+FLOPS_PER_GMAC = 2e9  # one multiply-accumulate counts as two operations
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of scalar parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gmacs_by_module(
+    model: nn.Module, img_size: tuple[int, int] | None = None, depth: int = 2
+) -> dict[str, float]:
+    """Multiply-accumulates of one image's forward pass, by module.
+
+    Args:
+        model: a timm-style Vision Transformer on any device; it is not changed.
+        img_size: (height, width) in pixels; default: the size the model was built for.
+        depth: levels of nesting to report below the model itself.
+
+    Returns:
+        GMACs by dotted module name; the key "" holds the total.
+    """
+    meta = copy.deepcopy(model).to("meta").eval()
+    image = torch.empty(1, meta.in_chans, *(img_size or meta.patch_embed.img_size), device="meta")
+    counter = FlopCounterMode(display=False, depth=depth)
+    with torch.no_grad(), counter:
+        meta(image)
+    root = type(meta).__name__
+    gmacs: dict[str, float] = defaultdict(float)
+    for name, operations in counter.get_flop_counts().items():
+        if name == "Global":
+            gmacs[""] = sum(operations.values()) / FLOPS_PER_GMAC
+        elif name.startswith(f"{root}."):
+            gmacs[name.removeprefix(f"{root}.")] = sum(operations.values()) / FLOPS_PER_GMAC
+    return gmacs
+
+
+def count_gmacs(model: nn.Module, img_size: tuple[int, int] | None = None) -> float:
+    """Multiply-accumulates of one image's forward pass, in 10^9; see `gmacs_by_module`."""
+    return gmacs_by_module(model, img_size)[""]
+
+
+def describe(model: BATVisionTransformer) -> str:
+    """What the keep rate means: tokens and GMACs of every block and of every stage, as a table."""
+    gmacs = gmacs_by_module(model)
+    dense_model = copy.deepcopy(model)
+    dense_model.set_keep_rate(1.0)
+    dense = count_gmacs(dense_model)
+    stages = {stage.block: stage for stage in model.stages()}
+    columns = "{:>5}  {:>5}  {:>5}  {:>5}  {:>9}  {:>5}  {:>8}  {:>11}  {:>7}"
+    names = ("block", "in", "out", "keep", "attentive", "pairs", "clusters", "inattentive", "GMACs")
+    lines = [
+        f"reduction {model.reduction}, {count_parameters(model):,} parameters, "
+        f"{model.num_prefix_tokens} prefix token(s) beside the patch tokens counted below",
+        columns.format(*names),
+    ]
+    num_tokens = model.patch_embed.num_patches
+    rest = gmacs[""]
+    for index in range(len(model.blocks)):
+        stage = stages.get(index)
+        spent = [""] * 5
+        num_outputs = num_tokens
+        if stage:
+            budget, num_outputs = stage.budget, stage.num_outputs
+            spent = [f"{stage.keep_rate:.3g}", budget.attentive, budget.pairs, budget.clusters]
+            spent.append(budget.inattentive)
+        block_gmacs = gmacs[f"blocks.{index}"]
+        lines.append(columns.format(index, num_tokens, num_outputs, *spent, f"{block_gmacs:.4f}"))
+        rest -= block_gmacs
+        num_tokens = num_outputs
+    lines.append(f"embedding and head: {rest:.4f} GMACs")
+    lines.append(f"total: {gmacs['']:.4f} GMACs, {gmacs[''] / dense:.1%} of the dense {dense:.4f}")
+    return "\n".join(lines)
+
+
+def find_keep_rate(model: BATVisionTransformer, target_gmacs: float) -> float:
+    """The largest keep rate, to three decimals and equal in all stages, within a budget.
+
+    Args:
+        model: the model; its own keep rate is not changed.
+        target_gmacs: GMACs of one image's forward pass that may be spent.
+
+    Returns:
+        The keep rate, in (0, 1].
+
+    Raises:
+        ValueError: even the smallest keep rate needs more, or the model has no stage.
+    """
+    if not model.reduction_loc or model.reduction == "none":
+        raise ValueError("target GMACs need a model that reduces tokens")
+    model = copy.deepcopy(model).to("meta")
+
+    def gmacs_at(thousandths: int) -> float:
+        model.set_keep_rate(thousandths / 1000)
+        return count_gmacs(model)
+
+    low, high = 0, 1000  # thousandths: low is too expensive only if it is 0, high + 1 always is
+    while low < high:
+        middle = (low + high + 1) // 2
+        if gmacs_at(middle) <= target_gmacs:
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        raise ValueError(
+            f"target_gmacs {target_gmacs} is below the {gmacs_at(1):.4f} of the smallest keep rate"
+        )
+    return low / 1000

@@ -1,0 +1,237 @@
+"""Clustering, matching and merging tokens: the arithmetic that the methods share.
+
+Letters as in `models/reduction.py`. Everything is computed in float32 whatever the autocast type,
+with shapes that never depend on the data; equal values are ordered by index. Imports torch only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+MAX_COSINE = 1 - 1e-6  # exact duplicates tie here instead of being ranked by rounding
+
+
+@contextmanager
+def ieee_float32(device_type: str) -> Iterator[None]:
+    """Arithmetic in true float32: autocast off, and TF32 off as well in eager mode.
+
+    A compiled or exported graph follows the process-wide `torch.set_float32_matmul_precision`: a
+    graph cannot switch a global setting. Its default ("highest") is what a stage needs.
+
+    Args:
+        device_type: "cpu", "cuda", ...: whose autocast is switched off.
+    """
+    graph = torch.compiler.is_compiling()
+    precision = "highest" if graph else torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+def matmul_float32(left: Tensor, right: Tensor) -> Tensor:
+    """Batched matrix product in float32 under any autocast: (B, I, D) x (B, D, J) -> (B, I, J)."""
+    with ieee_float32(left.device.type):
+        return left.float() @ right.float()
+
+
+def gather_tokens(x: Tensor, token_idx: Tensor) -> Tensor:
+    """Picks tokens by index.
+
+    Args:
+        x: (B, N, D) tokens.
+        token_idx: (B, L) int64 indices into the N tokens.
+
+    Returns:
+        (B, L, D) the picked tokens, bit for bit.
+    """
+    return x.gather(1, token_idx.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def class_token_importance(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The class token's attention row, averaged over heads: BAT's and EViT's importance.
+
+    Args:
+        query: (B, H, 1, D / H) the class token's query.
+        keys: (B, H, L, D / H) keys of all tokens, prefix tokens included.
+        scale: factor on the products, 1 / sqrt(D / H) for a plain ViT.
+
+    Returns:
+        (B, L) float32 attention in [0, 1], summing to 1 over all tokens; differentiable.
+    """
+    row = matmul_float32(query * scale, keys.transpose(-2, -1)).squeeze(2)  # (B, H, L)
+    return row.softmax(dim=-1).mean(dim=1)  # (B, L)
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """Squared Euclidean distances divided by the channel count, from one Gram matrix.
+
+    Centring first keeps the products small; the squared norms come from the Gram matrix's own
+    diagonal, so bit-identical tokens are exactly 0 apart.
+
+    Args:
+        x: (B, M, D) tokens.
+
+    Returns:
+        (B, M, M) float32 squared distances / D, >= 0, with a zero diagonal.
+    """
+    x = x.float()
+    centred = x - x.mean(dim=1, keepdim=True)
+    gram = matmul_float32(centred, centred.transpose(-2, -1))  # (B, M, M)
+    norms = gram.diagonal(dim1=-2, dim2=-1)  # (B, M)
+    squared = (norms.unsqueeze(2) + norms.unsqueeze(1) - 2 * gram).clamp(min=0)
+    itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    return squared.masked_fill(itself, 0) / x.shape[2]
+
+
+def density_peaks(x: Tensor, num_clusters: int, k: int = 5) -> Tensor:
+    """Clusters tokens around density peaks (BAT's clustering; Rodriguez and Laio, Science 2014).
+
+    With dist the Euclidean distance / sqrt(D): log rho is minus the mean of the k smallest squared
+    distances (the token itself counts), delta the distance to the nearest denser token (the largest
+    distance of the image if none is denser), and the centres are the tokens with the largest
+    log rho + log delta. Among equal densities the lower index is the denser one. Every other token
+    joins its nearest centre; ties go to the centre with the higher score, and a centre always
+    belongs to its own cluster. Nothing is differentiable.
+
+    Args:
+        x: (B, M, D) tokens.
+        num_clusters: clusters C, 1 <= C <= M.
+        k: neighbours of the density estimate; at most M are used.
+
+    Returns:
+        (B, M) int64 cluster of each token in 0 .. C-1; clusters in descending score.
+
+    Raises:
+        ValueError: num_clusters is outside 1 .. M.
+    """
+    num_tokens = x.shape[1]
+    if not 1 <= num_clusters <= num_tokens:
+        raise ValueError(f"num_clusters must be in 1 .. {num_tokens}, got {num_clusters}")
+    squared = squared_distances(x.detach())  # (B, M, M)
+
+    # Step 1: density from the k nearest neighbours, in logarithms so that it never saturates.
+    nearest = squared.topk(min(k, num_tokens), dim=-1, largest=False).values  # (B, M, k)
+    log_rho = -nearest.mean(dim=-1)  # (B, M)
+
+    # Step 2: distance to the nearest denser token, denser[b, i, j] = "j is denser than i".
+    position = torch.arange(num_tokens, device=x.device)
+    earlier = position.unsqueeze(0) < position.unsqueeze(1)  # (M, M): j < i
+    rho_i, rho_j = log_rho.unsqueeze(2), log_rho.unsqueeze(1)
+    denser = (rho_j > rho_i) | ((rho_j == rho_i) & earlier)  # (B, M, M)
+    delta = squared.masked_fill(~denser, torch.inf).amin(dim=-1)  # (B, M)
+    delta = torch.where(delta.isinf(), squared.amax(dim=(1, 2)).unsqueeze(1), delta).sqrt()
+
+    # Step 3: centres, best score first; a stable sort breaks ties by index.
+    score = log_rho + delta.log()  # log 0 = -inf
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    centres = order[:, :num_clusters]  # (B, C)
+
+    # Step 4: nearest centre; argmin returns the first of equals, the one with the higher score.
+    cluster = gather_tokens(squared, centres).argmin(dim=1)  # (B, C, M) -> (B, M)
+    own = torch.arange(num_clusters, device=x.device).expand_as(centres)
+    return cluster.scatter(1, centres, own)
+
+
+def match_pairs(x: Tensor, num_pairs: int) -> Tensor:
+    """Merges look-alike tokens by bipartite matching (BAT's matching of attentive tokens).
+
+    Tokens at even positions are sources, those at odd positions targets. A source's mate is its
+    most cosine-similar target; the P sources with the most similar mates are merged into them. Ties
+    go to the lower position; a target may take several sources. Nothing is differentiable.
+
+    Args:
+        x: (B, A, D) tokens, in falling importance for BAT.
+        num_pairs: sources P to merge, 0 <= P <= floor(A / 2).
+
+    Returns:
+        (B, A) int64 group in 0 .. A-P-1, numbered by the rank of the token that stays.
+
+    Raises:
+        ValueError: num_pairs is outside 0 .. floor(A / 2).
+    """
+    batch, num_tokens, _ = x.shape
+    if not 0 <= num_pairs <= num_tokens // 2:
+        raise ValueError(f"num_pairs must be in 0 .. {num_tokens // 2}, got {num_pairs}")
+    position = torch.arange(num_tokens, device=x.device).expand(batch, -1)  # (B, A)
+    if num_pairs == 0:
+        return position
+    x = x.detach().float()
+    unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    similarity = matmul_float32(unit[:, ::2], unit[:, 1::2].transpose(-2, -1))  # (B, A/2, A/2)
+    best, mate = similarity.clamp(max=MAX_COSINE).max(dim=-1)  # max returns the first of equals
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    source = order[:, :num_pairs]  # (B, P)
+    target = 2 * mate.gather(1, source) + 1  # (B, P) positions among the A tokens
+    stays = torch.ones_like(position, dtype=torch.bool).scatter(1, 2 * source, False)
+    rank = stays.cumsum(dim=-1) - 1  # (B, A) groups numbered by the tokens that stay
+    return rank.scatter(1, 2 * source, rank.gather(1, target))
+
+
+def membership(assignment: Tensor, num_groups: int) -> Tensor:
+    """(B, K, N) bool, True where token n of assignment (B, N) belongs to group k."""
+    group = torch.arange(num_groups, device=assignment.device).view(1, -1, 1)
+    return assignment.unsqueeze(1) == group
+
+
+def group_sums(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
+    """Sums one number per token over every group.
+
+    Args:
+        values: (B, N) numbers.
+        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for none.
+        num_groups: groups K.
+
+    Returns:
+        (B, K) the sums; 0 for an empty group.
+    """
+    return torch.where(membership(assignment, num_groups), values.unsqueeze(1), 0.0).sum(dim=-1)
+
+
+def merge_tokens(
+    x: Tensor, weights: Tensor, assignment: Tensor, num_groups: int, normalize: bool = True
+) -> Tensor:
+    """Turns every group into one token: the weighted mean (or sum) of its members.
+
+    One matrix product with W (B, K, N) instead of a scatter: deterministic on every device. A token
+    alone in its group passes through bit for bit; dropped tokens contribute nothing. Gradients flow
+    through x and the weights.
+
+    Args:
+        x: (B, N, D) tokens.
+        weights: (B, N) non-negative weights; a group whose weights sum to 0 takes the plain mean.
+        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for a dropped token.
+        num_groups: output tokens K.
+        normalize: False gives the weighted sum, with no special case for a sum of 0.
+
+    Returns:
+        (B, K, D) output tokens in the dtype of x; an empty group is 0.
+    """
+    member = membership(assignment, num_groups)  # (B, K, N)
+    count = member.sum(dim=-1, keepdim=True)  # (B, K, 1)
+    matrix = torch.where(member, weights.float().unsqueeze(1), 0.0)  # (B, K, N)
+    if normalize:
+        total = matrix.sum(dim=-1, keepdim=True)  # (B, K, 1)
+        weightless = total == 0
+        mean = matrix / torch.where(weightless, 1.0, total)
+        matrix = torch.where(weightless, member / count.clamp(min=1), mean)
+    merged = matmul_float32(matrix, x).to(x.dtype)  # (B, K, D)
+
+    # The last member of each group: the only one where it is used, so the order of writes is moot.
+    position = torch.arange(x.shape[1], device=x.device).expand_as(assignment)
+    bins = torch.where(assignment < 0, num_groups, assignment)  # dropped tokens: an extra bin
+    last = assignment.new_zeros(x.shape[0], num_groups + 1).scatter(1, bins, position)
+    last = last[:, :num_groups]  # (B, K)
+    lone = gather_tokens(x, last)  # (B, K, D)
+    if not normalize:
+        lone = (lone * weights.gather(1, last).unsqueeze(-1)).to(x.dtype)
+    return torch.where(count == 1, lone, merged)

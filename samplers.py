@@ -1,0 +1,133 @@
+"""Which samples an epoch visits, in which order, and which process takes them.
+
+Modifications of DeiT's `samplers.py: RASampler` (https://github.com/facebookresearch/deit):
+- the sampler yields `SampleKey`s, so that a sample's augmentation can depend on its key alone;
+- the shuffle also depends on a seed, and an epoch can be entered in its middle;
+- rank and world size are plain arguments, the number of repetitions is one too;
+- a data set of fewer than 256 samples has an epoch of its own size instead of an empty one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from datasets import SampleKey
+
+# DeiT cuts an epoch of repeated augmentation to a multiple of this many samples.
+REPEATED_EPOCH_MULTIPLE = 256
+
+
+def _check_ranks(num_samples: int, rank: int, world_size: int) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, allowed: 1 or more")
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}, allowed: 1 or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}, allowed: 0 to {world_size - 1}")
+
+
+class TrainSampler(Sampler[SampleKey]):
+    """Shuffled samples of one epoch for one rank, with repeated augmentation.
+
+    The order of an epoch depends on (seed, epoch) alone. Rank r takes positions r, r + world_size,
+    ... of it, so the samples of a global batch are the same whatever the number of ranks. With
+    `num_repeats` R > 1 each index stands R times in a row and only the first part of that list is
+    visited: floor(n // 256 * 256 / world_size) positions a rank (n in place of n // 256 * 256
+    below 256 samples), DeiT's rule. With R = 1 each index comes once; the last
+    n % world_size positions are left out, so that all ranks take the same number of steps.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        num_repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Sets up epoch 0.
+
+        Args:
+            num_samples: size n of the data set, at least `world_size`.
+            seed: with the epoch, decides the order.
+            num_repeats: how often each index stands in the list, 1 or more; DeiT uses 3.
+            rank: of this process.
+            world_size: number of processes.
+        """
+        super().__init__()
+        _check_ranks(num_samples, rank, world_size)
+        if num_repeats < 1:
+            raise ValueError(f"num_repeats is {num_repeats}, allowed: 1 or more")
+        if num_samples < world_size:
+            raise ValueError(
+                f"num_samples is {num_samples}, allowed: {world_size} (world_size) or more"
+            )
+        self.num_samples = num_samples
+        self.seed = seed
+        self.num_repeats = num_repeats
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of a whole epoch on this rank, wherever iteration starts."""
+        total = self.num_samples
+        if self.num_repeats > 1 and total >= REPEATED_EPOCH_MULTIPLE:
+            total = total // REPEATED_EPOCH_MULTIPLE * REPEATED_EPOCH_MULTIPLE
+        return total // self.world_size
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the epoch that the next iteration visits.
+
+        Args:
+            epoch: counted from 0.
+            start: how many of this rank's samples to skip, 0 to `epoch_length`; when a run resumes
+                in the middle of an epoch, the number of samples this rank has trained on.
+        """
+        if not 0 <= start <= self.epoch_length:
+            raise ValueError(f"start is {start}, allowed: 0 to {self.epoch_length}")
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        """Samples that iterating yields: `epoch_length` less the skipped start."""
+        return self.epoch_length - self.start
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        generator = torch.Generator()
+        # One 64-bit word per (seed, epoch): neighbouring seeds never share an epoch's order.
+        generator.manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        for step in range(self.start, self.epoch_length):
+            position = self.rank + step * self.world_size
+            index, repetition = divmod(position, self.num_repeats)
+            yield SampleKey(order[index], self.epoch, repetition)
+
+
+class EvalSampler(Sampler[int]):
+    """Every index exactly once over all ranks, without padding: rank r takes r, r + world_size, ...
+
+    Ranks may differ by one sample, so an evaluation loop must not communicate once per batch.
+    """
+
+    def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
+        """Sets up this rank's share.
+
+        Args:
+            num_samples: size of the data set; ranks beyond it get nothing.
+            rank: of this process.
+            world_size: number of processes.
+        """
+        super().__init__()
+        _check_ranks(num_samples, rank, world_size)
+        self.indices = range(rank, num_samples, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)

@@ -1,0 +1,387 @@
+"""The baselines against slow loops, and what every method promises of a whole stage."""
+import itertools
+import math
+
+import pytest
+import reference
+import torch
+from reference import (
+    assert_complete,
+    assert_same_bits,
+    draw_bat,
+    draw_images,
+    draw_importance,
+    draw_tokens,
+    lone_tokens,
+    merge_images,
+)
+from torch import Tensor
+
+from models.reduction import (
+    REDUCTIONS,
+    StageInputs,
+    bat_assignment,
+    density_peaks,
+    dpcknn_assignment,
+    match_pairs,
+    random_assignment,
+    reduce_tokens,
+    token_budget,
+    tome_assignment,
+)
+
+METHODS = ("none", "topk", "evit", "dpcknn", "tome", "random", "bat")
+
+
+def stage_inputs(x: Tensor, importance: Tensor, keep_rate: float = 0.5, **changes) -> StageInputs:
+    """Inputs of the first stage, one patch a token, with the default ratios."""
+    inputs = StageInputs(
+        x=x, importance=importance, sizes=torch.ones(x.shape[:2]), keep_rate=keep_rate,
+        cluster_ratio=0.4, match_ratio=0.1, merge_weights="importance", stage=0, seed=0,
+    )
+    return inputs._replace(**changes)
+
+
+def assign_by_loop(method, tokens, importance, keep_rate, margin):
+    """Assignment of one image; where no loop decides by distance, any image is clear."""
+    if method == "bat":
+        return reference.bat(tokens, importance, keep_rate, margin=margin)
+    if method == "dpcknn":
+        return reference.dpcknn(tokens, keep_rate, margin)
+    if method == "tome":
+        return reference.tome(tokens, [1.0] * len(tokens), keep_rate, margin)
+    if method in ("topk", "evit"):
+        return getattr(reference, method)(importance, keep_rate)
+    return [-1] * len(tokens)  # none, random: checked elsewhere
+
+
+def draw_stage(method, count, num_tokens, dim, tokens, importance, keep_rate):
+    """Images with a clear assignment by `method`: ([x, importance], expected)."""
+    return draw_images(
+        count,
+        lambda generator: (
+            draw_tokens(tokens, num_tokens, dim, generator),
+            draw_importance(importance, num_tokens, generator),
+        ),
+        lambda x, weights, margin: assign_by_loop(method, x, weights, keep_rate, margin),
+    )
+
+
+def same_groups(assignment: Tensor) -> Tensor:
+    """(B, N, N) whether two tokens share a group: a partition without its numbering."""
+    return assignment[:, :, None] == assignment[:, None, :]
+
+
+# Density peaks over all tokens
+
+
+@pytest.mark.parametrize("tokens", ["normal", "blobs", "far", "duplicates", "few", "equal", "zero"])
+@pytest.mark.parametrize("num_tokens, keep_rate", [
+    (1, 0.5), (2, 0.5), (3, 0.5), (12, 0.1), (25, 0.4), (25, 0.9), (9, 1.0),
+])
+def test_dpcknn(tokens, num_tokens, keep_rate):
+    (x, importance), expected = draw_stage(
+        "dpcknn", 3, num_tokens, 8, tokens, "distinct", keep_rate
+    )
+    assignment = dpcknn_assignment(x, keep_rate)
+    kept = token_budget(num_tokens, keep_rate).kept
+    assert_complete(assignment, (3, num_tokens), kept)
+    assert torch.equal(assignment, expected)
+    if kept < num_tokens:
+        assert torch.equal(assignment, density_peaks(x, kept))
+    reduced = reduce_tokens(stage_inputs(x, importance, keep_rate), "dpcknn")
+    assert torch.equal(reduced.assignment, expected)
+    plain_mean = merge_images(x, torch.ones(3, num_tokens), expected, kept)
+    torch.testing.assert_close(reduced.tokens, plain_mean, rtol=1e-5, atol=1e-4)
+    assert torch.equal(reduced.sizes, torch.zeros(3, kept).scatter_add(
+        1, expected, torch.ones(3, num_tokens)))
+
+
+# ToMe
+
+
+def bipartite_soft_matching(metric: list[list[float]], num_merged: int) -> list[set[int]]:
+    """Groups of ToMe's `bipartite_soft_matching(class_token=False)`, restated as a loop."""
+    even, odd = range(0, len(metric), 2), range(1, len(metric), 2)
+    units = [[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in metric]
+    node_max, node_idx = {}, {}
+    for a in even:
+        scores = [sum(p * q for p, q in zip(units[a], units[b], strict=True)) for b in odd]
+        node_max[a] = max(scores)
+        node_idx[a] = odd[scores.index(max(scores))]
+    edge_idx = sorted(even, key=lambda a: -node_max[a])
+    merged, unmerged = edge_idx[:num_merged], edge_idx[num_merged:]
+    groups = [{a} for a in unmerged]
+    groups += [{b} | {a for a in merged if node_idx[a] == b} for b in odd]
+    return groups
+
+
+@pytest.mark.parametrize("num_tokens, keep_rate", [(2, 0.5), (7, 0.6), (30, 0.7), (31, 0.55)])
+def test_tome_step_groups_like_bipartite_soft_matching(num_tokens, keep_rate):
+    (x, _), _ = draw_stage("tome", 4, num_tokens, 12, "shifted", "distinct", keep_rate)
+    kept = token_budget(num_tokens, keep_rate).kept
+    assignment = tome_assignment(x, torch.ones(4, num_tokens), keep_rate)
+    for metric, row in zip(x.tolist(), assignment.tolist(), strict=True):
+        expected = bipartite_soft_matching(metric, num_tokens - kept)
+        actual = [{n for n, k in enumerate(row) if k == group} for group in range(kept)]
+        assert sorted(map(sorted, actual)) == sorted(map(sorted, expected))
+
+
+@pytest.mark.parametrize("tokens", ["normal", "shifted", "blobs", "equal", "zero"])
+@pytest.mark.parametrize("num_tokens, keep_rate", [
+    (1, 0.5), (2, 0.5), (3, 0.3), (12, 0.1), (24, 0.5), (25, 0.9), (25, 0.3), (40, 0.01), (9, 1.0),
+])
+def test_tome_over_any_number_of_steps(tokens, num_tokens, keep_rate):
+    generator = torch.Generator().manual_seed(5)
+    sizes = torch.randint(1, 9, (num_tokens,), generator=generator).float()
+    (x,), expected = draw_images(
+        3, lambda generator: (draw_tokens(tokens, num_tokens, 10, generator),),
+        lambda image, margin: reference.tome(image, sizes.tolist(), keep_rate, margin),
+    )
+    sizes = sizes.expand(3, -1)
+    kept = token_budget(num_tokens, keep_rate).kept
+    assignment = tome_assignment(x, sizes, keep_rate)
+    assert_complete(assignment, (3, num_tokens), kept)
+    assert torch.equal(assignment, expected)
+    reduced = reduce_tokens(stage_inputs(x, x[..., 0], keep_rate, sizes=sizes), "tome")
+    weighted = merge_images(x, sizes, expected, kept)
+    torch.testing.assert_close(reduced.tokens, weighted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(reduced.sizes, torch.zeros(3, kept).scatter_add(1, expected, sizes))
+
+
+def test_tome_carries_sizes_to_the_next_stage():
+    (x,), _ = draw_images(
+        2, lambda generator: (draw_tokens("shifted", 28, 10, generator),),
+        lambda image, margin: reference.tome(image, [1.0] * 28, 0.15, margin),
+    )
+    first = reduce_tokens(stage_inputs(x, x[..., 0], 0.5), "tome")
+    second = reduce_tokens(
+        stage_inputs(first.tokens, first.tokens[..., 0], 0.5, sizes=first.sizes, stage=1), "tome"
+    )
+    # Each final token is the plain mean of all the patches it stands for.
+    composed = second.assignment.gather(1, first.assignment)
+    patches = merge_images(x, torch.ones(2, 28), composed, 7)
+    torch.testing.assert_close(second.tokens, patches, rtol=1e-5, atol=1e-5)
+    assert second.sizes.sum(1).tolist() == [28, 28]
+
+
+# Random
+
+
+def test_random_keeps_one_fixed_permutation():
+    x = torch.randn(5, 40, 3)
+    state = torch.get_rng_state()
+    assignment = random_assignment(x, 0.3, stage=1, seed=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_complete(assignment, (5, 40), 12)
+    assert torch.equal(assignment, assignment[:1].expand(5, -1))
+    assert int((assignment[0] >= 0).sum()) == 12
+    torch.manual_seed(123)
+    again = random_assignment(torch.zeros(2, 40, 9), 0.3, stage=1, seed=7)
+    assert torch.equal(again, assignment[:2])
+
+
+def test_random_keep_rates_share_the_permutation():
+    x = torch.zeros(1, 50, 2)
+    kept = [
+        set((random_assignment(x, rate, stage=0, seed=0)[0] >= 0).nonzero()[:, 0].tolist())
+        for rate in (0.1, 0.3, 0.5, 0.8, 1.0)
+    ]
+    assert [len(tokens) for tokens in kept] == [5, 15, 25, 40, 50]
+    for fewer, more in itertools.pairwise(kept):
+        assert fewer < more
+
+
+def test_random_differs_between_seeds_and_stages():
+    x = torch.zeros(1, 60, 2)
+    kept = {
+        tuple((random_assignment(x, 0.5, stage=stage, seed=seed)[0] >= 0).tolist())
+        for stage in range(6) for seed in range(10)
+    }
+    assert len(kept) == 60  # no (seed, stage) repeats another, nor swaps with it
+
+
+def test_random_gives_every_token_a_chance():
+    x = torch.zeros(1, 10, 2)
+    counts = sum(
+        (random_assignment(x, 0.3, stage=0, seed=seed)[0] >= 0).int() for seed in range(400)
+    )
+    # 120 expected; the standard deviation of a fair draw is 9.
+    assert counts.sum() == 1200
+    assert counts.min() >= 75
+    assert counts.max() <= 165
+
+
+# EViT
+
+
+def evit_stage(tokens, attention, keep_rate):
+    """EViT's published arithmetic on one image: kept tokens by attention, then the fused token."""
+    left = math.ceil(keep_rate * len(tokens))
+    if left == len(tokens):
+        return tokens
+    by_attention = sorted(range(len(tokens)), key=lambda n: attention[n], reverse=True)
+    fused = [
+        sum(attention[n] * tokens[n][d] for n in by_attention[left:])
+        for d in range(len(tokens[0]))
+    ]
+    return [tokens[n] for n in by_attention[:left]] + [fused]
+
+
+@pytest.mark.parametrize("num_tokens, keep_rate, num_outputs", [
+    (40, 0.7, (29, 22)), (24, 0.5, (13, 8)), (9, 0.3, (4, 3)), (6, 0.8, (6, 6)), (3, 0.01, (2, 2)),
+])
+def test_evit_over_two_stages(num_tokens, keep_rate, num_outputs):
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(3, num_tokens, 6, generator=generator)
+    sizes = torch.ones(3, num_tokens)
+    expected = x.tolist()
+    for stage in range(2):
+        attention = torch.rand(x.shape[:2], generator=generator) / x.shape[1]
+        reduced = reduce_tokens(
+            stage_inputs(x, attention, keep_rate, sizes=sizes, stage=stage), "evit"
+        )
+        images = zip(expected, attention.tolist(), strict=True)
+        expected = [evit_stage(tokens, weights, keep_rate) for tokens, weights in images]
+        assert reduced.tokens.shape == (3, num_outputs[stage], 6)
+        torch.testing.assert_close(reduced.tokens, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+        for b, n, group in lone_tokens(reduced.assignment):
+            if group < num_outputs[stage] - 1:
+                assert_same_bits(reduced.tokens[b, group], x[b, n])
+        assert (reduced.sizes.sum(1) == num_tokens).all()
+        x, sizes = reduced.tokens, reduced.sizes
+
+
+# Every method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_registry_gives_complete_assignments(method):
+    generator = torch.Generator().manual_seed(3)
+    for num_tokens in (1, 2, 3, 7, 24):
+        x = torch.randn(2, num_tokens, 8, generator=generator)
+        importance = torch.rand(2, num_tokens, generator=generator)
+        for keep_rate in (0.01, 0.25, 0.5, 0.8, 1.0):
+            budget = token_budget(num_tokens, keep_rate)
+            identity = method == "none" or budget.kept == num_tokens
+            assignment = REDUCTIONS[method].assign(stage_inputs(x, importance, keep_rate))
+            if identity:
+                assert torch.equal(assignment, torch.arange(num_tokens).expand(2, -1))
+                assert assignment.dtype == torch.int64
+            else:
+                assert_complete(assignment, (2, num_tokens), budget.kept + (method == "evit"))
+                drops = method in ("topk", "random")
+                assert bool((assignment == -1).any()) == drops
+
+
+def test_registry_names_and_trailing_clusters():
+    assert set(REDUCTIONS) == set(METHODS)
+    budget = token_budget(196, 0.7)
+    counts = {name: REDUCTIONS[name].num_clusters(budget) for name in METHODS}
+    assert counts == {"none": 0, "topk": 0, "evit": 1, "dpcknn": 138, "tome": 0, "random": 0,
+                      "bat": 55}
+
+
+@pytest.mark.parametrize("tokens_kind", ["normal", "duplicates"])
+@pytest.mark.parametrize("method", ["bat", "topk", "evit"])
+def test_permuting_tokens_permutes_groups(method, tokens_kind):
+    (x, importance), _ = draw_bat(4, 30, 8, tokens_kind, "distinct", 0.6, 0.4, 0.3)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    before = reduce_tokens(stage_inputs(x, importance, 0.6, match_ratio=0.3), method)
+    after = reduce_tokens(
+        stage_inputs(x[:, order], importance[:, order], 0.6, match_ratio=0.3), method
+    )
+    assert torch.equal(after.assignment, before.assignment[:, order])
+    torch.testing.assert_close(after.tokens, before.tokens, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after.sizes, before.sizes)
+
+
+@pytest.mark.parametrize("tokens_kind", ["normal", "duplicates", "few", "equal"])
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_do_not_depend_on_the_batch(method, tokens_kind):
+    (x, importance), _ = draw_stage(method, 6, 33, 16, tokens_kind, "ties", 0.4)
+    together = reduce_tokens(stage_inputs(x, importance, 0.4), method)
+    for images in ([0], [3], [5, 1], [4, 4, 2, 0]):
+        alone = reduce_tokens(stage_inputs(x[images], importance[images], 0.4), method)
+        assert torch.equal(alone.assignment, together.assignment[images])
+        torch.testing.assert_close(alone.tokens, together.tokens[images], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_are_the_same_inside_autocast(method):
+    (x, importance), expected = draw_bat(3, 40, 16, "shifted", "distinct", 0.4)
+    outside = reduce_tokens(stage_inputs(x, importance, 0.4), method)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = reduce_tokens(stage_inputs(x, importance, 0.4), method)
+        chosen = REDUCTIONS[method].assign(stage_inputs(x, importance, 0.4))
+        assert torch.equal(bat_assignment(x, importance, 0.4), expected)
+        clusters, groups = density_peaks(x, 13), match_pairs(x, 9)
+    assert torch.equal(clusters, density_peaks(x, 13))
+    assert torch.equal(groups, match_pairs(x, 9))
+    assert torch.equal(inside.assignment, outside.assignment)
+    assert torch.equal(chosen, outside.assignment)
+    assert inside.tokens.dtype == torch.float32
+    torch.testing.assert_close(inside.tokens, outside.tokens, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge_weights", ["importance", "mean"])
+@pytest.mark.parametrize("importance_kind", ["distinct", "zero"])
+def test_bat_stage_merges_by_importance(merge_weights, importance_kind):
+    (x, importance), expected = draw_bat(3, 30, 8, "blobs", importance_kind, 0.5, 0.4, 0.4)
+    sizes = torch.randint(1, 6, (3, 30)).float()
+    reduced = reduce_tokens(
+        stage_inputs(x, importance, 0.5, match_ratio=0.4, sizes=sizes, merge_weights=merge_weights),
+        "bat",
+    )
+    assert torch.equal(reduced.assignment, expected)
+    weights = importance if merge_weights == "importance" else torch.ones_like(importance)
+    merged = merge_images(x, weights, expected, 15)
+    torch.testing.assert_close(reduced.tokens, merged, rtol=1e-5, atol=1e-6)
+    assert torch.equal(reduced.sizes, torch.zeros(3, 15).scatter_add(1, expected, sizes))
+    for b, n, group in lone_tokens(expected):
+        assert_same_bits(reduced.tokens[b, group], x[b, n])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_identity_stages_return_their_input(method):
+    x, importance = torch.randn(2, 12, 4), torch.rand(2, 12)
+    reduced = reduce_tokens(stage_inputs(x, importance, 1.0), method)
+    assert_same_bits(reduced.tokens, x)
+    assert torch.equal(reduced.sizes, torch.ones(2, 12))
+    assert torch.equal(reduced.assignment, torch.arange(12).expand(2, -1))
+
+
+@pytest.mark.parametrize("importance_kind", ["distinct", "ties", "zero"])
+@pytest.mark.parametrize("tokens_kind", ["normal", "duplicates", "equal", "zero"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_through_a_stage_are_finite(method, tokens_kind, importance_kind):
+    generator = torch.Generator().manual_seed(0)
+    x = draw_tokens(tokens_kind, 20, 6, generator)[None].requires_grad_()
+    importance = draw_importance(importance_kind, 20, generator)[None].requires_grad_()
+    reduced = reduce_tokens(stage_inputs(x, importance, 0.4, match_ratio=0.5), method)
+    reduced.tokens.backward(torch.randn(reduced.tokens.shape, generator=generator))
+    assert not reduced.assignment.requires_grad
+    assert x.grad.isfinite().all()
+    weightless = method == "evit" and importance_kind == "zero"  # a sum with weights of zero
+    reached = (reduced.assignment >= 0) & ~(weightless & (reduced.assignment == 8))
+    assert torch.equal((x.grad != 0).any(-1), reached)
+    if importance.grad is not None:
+        assert importance.grad.isfinite().all()
+    if tokens_kind == "normal" and importance_kind != "zero" and method in ("bat", "evit"):
+        row = reduced.assignment[0]
+        merged = torch.tensor([row.tolist().count(group) > 1 for group in row.tolist()])
+        assert torch.equal(importance.grad[0] != 0, merged)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_low_precision_inputs_are_decided_in_float32(method):
+    x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
+    importance = torch.rand(2, 40, generator=torch.Generator().manual_seed(5)).bfloat16()
+    low = reduce_tokens(stage_inputs(x, importance), method)
+    full = reduce_tokens(stage_inputs(x.float(), importance.float()), method)
+    assert torch.equal(low.assignment, full.assignment)
+
+
+def test_unknown_method_lists_the_choices():
+    with pytest.raises(ValueError, match=r"tokens_of_doom.*bat"):
+        reduce_tokens(stage_inputs(torch.randn(1, 4, 2), torch.rand(1, 4)), "tokens_of_doom")

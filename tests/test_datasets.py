@@ -1,0 +1,355 @@
+"""Data sets: the same images on any machine, policies for bad ones, bad input."""
+
+import json
+import pickle
+import random
+import shutil
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from data_helpers import dataset_args, random_image, refusal, write_image_folder
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from datasets import (
+    DATA_SETS,
+    BadImageError,
+    SampleDataset,
+    SampleKey,
+    build_dataset,
+    build_transform,
+    check_same_classes,
+)
+from images import ResizeToCover
+from samplers import EvalSampler, TrainSampler
+from utils import InputError
+
+# ImageNet's, written out as an independent check.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_image_folder(tmp_path / "images")
+
+
+def _load(dataset: SampleDataset, keys: list, num_workers: int) -> Tensor:
+    loader = DataLoader(dataset, batch_size=2, sampler=keys, num_workers=num_workers)
+    return torch.cat([images for images, _, _ in loader])
+
+
+# Randomness -------------------------------------------------------------------------------------
+
+
+def test_images_do_not_depend_on_workers(folder: Path) -> None:
+    dataset, _ = build_dataset(True, dataset_args(folder))
+    keys = list(TrainSampler(len(dataset), seed=1, num_repeats=3))
+    alone = _load(dataset, keys, 0)
+    torch.manual_seed(99)
+    assert torch.equal(alone, _load(dataset, keys, 2))
+    assert len({tuple(image.flatten()[:200].tolist()) for image in alone}) == len(keys)
+
+
+@pytest.mark.parametrize("change", ["index", "epoch", "repetition", "seed"])
+def test_each_part_of_the_key_changes_the_augmentation(folder: Path, change: str) -> None:
+    dataset, _ = build_dataset(True, dataset_args(folder))
+    other_dataset, _ = build_dataset(True, dataset_args(folder, seed=4))
+    key = SampleKey(0, 0, 0)
+    other_key = key if change == "seed" else key._replace(**{change: 1})
+    other = (other_dataset if change == "seed" else dataset)[other_key]
+    assert not torch.equal(dataset[key][0], other[0])
+    assert torch.equal(dataset[key][0], dataset[key][0])
+
+
+def test_resuming_within_an_epoch_gives_the_same_images(folder: Path) -> None:
+    dataset, _ = build_dataset(True, dataset_args(folder))
+    sampler = TrainSampler(len(dataset), seed=2)
+    sampler.set_epoch(7)
+    whole = torch.cat([batch[0] for batch in DataLoader(dataset, 2, sampler=sampler)])
+    sampler.set_epoch(7, start=4)
+    loader = DataLoader(dataset, 2, sampler=sampler, num_workers=1)
+    assert torch.equal(torch.cat([batch[0] for batch in loader]), whole[4:])
+
+
+def test_the_process_keeps_its_own_random_streams(folder: Path) -> None:
+    dataset, _ = build_dataset(True, dataset_args(folder))
+
+    def draws(read: bool) -> tuple[float, float, float]:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        if read:
+            dataset[SampleKey(1, 2, 0)]
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draws(read=True) == draws(read=False)
+
+
+def test_evaluation_is_not_random(folder: Path) -> None:
+    dataset, num_classes = build_dataset(False, dataset_args(folder))
+    first, second = _load(dataset, list(EvalSampler(6)), 0), _load(dataset, list(range(6)), 2)
+    assert torch.equal(first, second)
+    assert first.shape == (6, 3, 48, 48) and first.dtype == torch.float32
+    assert num_classes == 2 and dataset.classes == ["ant", "bee"]
+    assert [dataset[i][1] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+# Transforms -------------------------------------------------------------------------------------
+
+
+def test_evaluation_matches_torchvision() -> None:
+    image = random_image(np.random.default_rng(1), 300, 417)
+    reference = transforms.Compose([
+        transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(224),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ])
+    transform = build_transform(False, dataset_args("", input_size=224))
+    assert torch.equal(transform(image), reference(image))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("input_size", [16, 32, 33, 64, [48], (32, 64), (96, 40)])
+@pytest.mark.parametrize("source_size", [(1, 1), (20, 9), (32, 32), (64, 200)])
+def test_every_input_size_from_every_image_size(
+    is_train: bool, input_size: int | tuple[int, int], source_size: tuple[int, int]
+) -> None:
+    image = random_image(np.random.default_rng(2), *source_size)
+    transform = build_transform(is_train, dataset_args("", input_size=input_size))
+    sizes = [input_size] if isinstance(input_size, int) else list(input_size)
+    assert transform(image).shape == (3, sizes[0], sizes[-1])
+
+
+def test_small_inputs_keep_cifars_pixels() -> None:
+    image = random_image(np.random.default_rng(3), 32, 32)
+    values = build_transform(False, dataset_args("", input_size=32))(image)
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(((values * std + mean) * 255).round().byte(), pixels)
+
+
+def test_very_long_images_stay_small_in_memory() -> None:
+    strip = Image.new("RGB", (60_000, 1))
+    assert ResizeToCover((256, 256))(strip).size == (256 * 64, 256)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"aa": "nonsense"}, {"aa": "rand-zz5"}, {"remode": "x"}, {"input_size": 0}]
+)
+def test_wrong_augmentation_is_one_line(changes: dict) -> None:
+    with pytest.raises(InputError) as error:
+        build_transform(True, dataset_args("", **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "aa", ["rand-m10-n9-inc1", "rand-m10-n9-inc0", "rand-m9-mstd0.5-inc1", "augmix", "v0", "3a"]
+)
+def test_auto_augment_at_any_magnitude(aa: str) -> None:
+    transform = build_transform(True, dataset_args("", aa=aa, input_size=16))
+    source = [(random_image(np.random.default_rng(8), 20, 20), 0)]
+    dataset = SampleDataset(source, transform, targets=[0], classes=["a"], image_size=(16, 16))
+    for epoch in range(150):
+        assert dataset[SampleKey(0, epoch, 0)][0].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", range(9))
+def test_posterize(bits: int) -> None:
+    transform = build_transform(True, dataset_args("", aa="rand-m9-inc1"))
+    (augment,) = (step for step in transform.transforms if hasattr(step, "ops"))
+    (operation,) = (step for step in augment.ops if step.name.startswith("Posterize"))
+    image = random_image(np.random.default_rng(9))
+    expected = np.asarray(image) >> (8 - bits) << (8 - bits)
+    assert np.array_equal(np.asarray(operation.aug_fn(image, bits)), expected)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])
+def test_wrong_crop_ratio(ratio: float) -> None:
+    with pytest.raises(InputError, match="eval_crop_ratio"):
+        build_transform(False, dataset_args("", eval_crop_ratio=ratio))
+
+
+# Policies for bad images ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_policy_reaches_the_training_process(folder: Path, num_workers: int) -> None:
+    bad = folder / "train" / "bee" / "2.png"
+    bad.write_bytes(b"")
+    dataset, _ = build_dataset(True, dataset_args(folder))
+    keys = [SampleKey(index, 0, 0) for index in range(8)]
+    with pytest.raises(BadImageError) as error:
+        _load(dataset, keys, num_workers)
+    # The traceback keeps the loader alive in a reference cycle; ended by the garbage collector, its
+    # worker would be waited for during five seconds of some later test.
+    traceback.clear_frames(error.tb)
+    assert str(error.value).startswith(f"cannot read image {bad}: ")
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, InputError)
+
+
+def test_skip_policy_replaces_in_training(folder: Path) -> None:
+    clean, _ = build_dataset(True, dataset_args(folder))
+    (folder / "train" / "bee" / "2.png").write_bytes(b"")
+    dataset, _ = build_dataset(True, dataset_args(folder, bad_images="skip"))
+    keys = [SampleKey(index, epoch, 0) for epoch in range(4) for index in range(8)]
+    samples = [dataset[key] for key in keys]
+    assert [is_bad for _, _, is_bad in samples] == [int(key.index == 6) for key in keys]
+    for key, (image, target, is_bad) in zip(keys, samples, strict=True):
+        if not is_bad:
+            assert torch.equal(image, clean[key][0]) and target == clean[key][1]
+    replaced = torch.stack([image for image, _, is_bad in samples if is_bad])
+    again = _load(dataset, [key for key in keys if key.index == 6], 1)
+    assert torch.equal(replaced, again), "the replacement depends on the key alone"
+
+
+def test_skip_policy_gives_zeros_in_evaluation(folder: Path) -> None:
+    (folder / "val" / "bee" / "1.png").write_bytes(b"")
+    dataset, _ = build_dataset(False, dataset_args(folder, bad_images="skip", input_size=(48, 32)))
+    image, target, is_bad = dataset[4]
+    assert image.shape == (3, 48, 32) and not image.any()
+    assert (target, is_bad) == (1, 1)
+    assert [dataset[i][2] for i in range(6)] == [0, 0, 0, 0, 1, 0]
+
+
+def test_skip_policy_gives_up_when_nothing_is_readable(folder: Path) -> None:
+    for path in folder.glob("train/*/*.png"):
+        path.write_bytes(b"")
+    dataset, _ = build_dataset(True, dataset_args(folder, bad_images="skip"))
+    with pytest.raises(BadImageError, match=r"cannot read image .*ant/0\.png.*in its place"):
+        dataset[SampleKey(0, 0, 0)]
+
+
+def test_unknown_policy(folder: Path) -> None:
+    with pytest.raises(InputError, match="bad_images is 'ignore', allowed: error, skip"):
+        build_dataset(True, dataset_args(folder, bad_images="ignore"))
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+
+def test_bad_folders(folder: Path) -> None:
+    assert "does not exist" in refusal(True, dataset_args(folder / "nowhere"))
+    file = folder / "file"
+    file.write_text("")
+    assert "is not a folder" in refusal(True, dataset_args(file))
+    (folder / "val" / "cow").mkdir()
+    text = refusal(False, dataset_args(folder))
+    assert f"no image in class folder cow of {folder / 'val'}" in text
+    shutil.rmtree(folder / "val")
+    assert "no folder val/" in refusal(False, dataset_args(folder))
+    (folder / "val").mkdir()
+    assert "no class folder" in refusal(False, dataset_args(folder))
+    assert len(build_dataset(True, dataset_args(folder))[0]) == 8
+
+
+def test_evaluation_needs_val_only(folder: Path) -> None:
+    shutil.rmtree(folder / "train")
+    assert len(build_dataset(False, dataset_args(folder))[0]) == 6
+    text = refusal(True, dataset_args(folder))
+    assert "no folder train/" in text and "evaluation needs val/ only" in text
+
+
+def test_unknown_data_set_lists_the_choices(folder: Path) -> None:
+    text = refusal(True, dataset_args(folder, data_set="MNIST"))
+    assert "MNIST" in text and all(name in text for name in DATA_SETS)
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19"])
+def test_missing_torchvision_data_sets_say_what_to_do(tmp_path: Path, name: str) -> None:
+    text = refusal(True, dataset_args(tmp_path, data_set=name))
+    assert name in text and str(tmp_path) in text and "--download" in text
+    assert "does not exist" in refusal(True, dataset_args(tmp_path / "nowhere", data_set=name))
+
+
+def test_different_classes_are_named(folder: Path) -> None:
+    train, _ = build_dataset(True, dataset_args(folder))
+    val, _ = build_dataset(False, dataset_args(folder))
+    check_same_classes(train, val)
+    (folder / "val" / "bee").rename(folder / "val" / "wasp")
+    val, _ = build_dataset(False, dataset_args(folder))
+    with pytest.raises(InputError, match="only in train: bee; only in val: wasp"):
+        check_same_classes(train, val)
+    val.classes = [f"class {index}" for index in range(9)]
+    with pytest.raises(InputError, match="class 4 and 4 more"):
+        check_same_classes(train, val)
+    val.classes = ["bee", "ant"]
+    with pytest.raises(InputError, match="another order"):
+        check_same_classes(train, val)
+
+
+# torchvision's data sets ------------------------------------------------------------------------
+
+
+def _write_pickle(path: Path, content: dict) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = tmp_path / "cifar-10-batches-py"
+    batches.mkdir()
+    pixels = np.random.default_rng(6).integers(0, 256, (5, 3072), dtype=np.uint8)
+    for name in ("train", "test"):
+        _write_pickle(batches / name, {"data": pixels, "labels": [9, 0, 3, 3, 1]})
+    _write_pickle(batches / "meta", {"label_names": [f"c{index}" for index in range(10)]})
+    source = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(source, "train_list", [["train", None]])
+    monkeypatch.setattr(source, "test_list", [["test", None]])
+    monkeypatch.setattr(source, "meta", {"filename": "meta", "key": "label_names", "md5": None})
+    train_args = dataset_args(tmp_path, data_set="CIFAR10", input_size=64)
+    train, num_classes = build_dataset(True, train_args)
+    val, _ = build_dataset(False, dataset_args(tmp_path, data_set="CIFAR10", input_size=32))
+    assert num_classes == 10 and len(train) == 5
+    assert train[SampleKey(0, 0, 0)][0].shape == (3, 64, 64)
+    assert [val[index][1] for index in range(5)] == [9, 0, 3, 3, 1]
+    red = ((val[2][0][0] * STD[0] + MEAN[0]) * 255).round().byte()
+    assert torch.equal(red.flatten(), torch.from_numpy(pixels[2, :1024]))
+    check_same_classes(train, val)
+
+
+@pytest.fixture
+def inaturalist(tmp_path: Path) -> Path:
+    """iNaturalist 2018 of three categories in two super-categories, two images each."""
+    rng = np.random.default_rng(7)
+    files = []
+    for name in ("Birds/1", "Plants/0", "Plants/2"):
+        (tmp_path / "2018" / name).mkdir(parents=True)
+        for index in range(2):
+            random_image(rng).save(tmp_path / "2018" / name / f"{index}.jpg")
+            files.append({"file_name": f"train_val2018/{name}/{index}.jpg"})
+    for split, images in (("train", files[::2]), ("val", files[1::2])):
+        (tmp_path / f"{split}2018.json").write_text(json.dumps({"images": images}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("category", "targets", "num_classes"),
+    [("name", [0, 1, 2], 3), ("full", [0, 1, 2], 3), ("supercategory", [1, 0, 1], 2)],
+)
+def test_inaturalist(
+    inaturalist: Path, category: str, targets: list[int], num_classes: int
+) -> None:
+    for is_train in (True, False):
+        args = dataset_args(inaturalist, data_set="INAT", inat_category=category)
+        dataset, classes = build_dataset(is_train, args)
+        assert classes == num_classes and len(dataset) == 3
+        assert [dataset[index][1] for index in range(3)] == targets == dataset.targets.tolist()
+        assert {name for _, name in dataset.source.index} == {f"{1 - is_train}.jpg"}
+
+
+def test_inaturalist_says_what_is_missing(inaturalist: Path) -> None:
+    args = dataset_args(inaturalist, data_set="INAT")
+    assert "name, full, supercategory" in refusal(
+        True, dataset_args(inaturalist, data_set="INAT", inat_category="kingdom")
+    )
+    (inaturalist / "val2018.json").write_text('{"images": []}')
+    assert "none of the images" in refusal(False, args)
+    (inaturalist / "val2018.json").unlink()
+    assert "val2018.json does not exist" in refusal(False, args)

@@ -1,0 +1,259 @@
+"""Meters, the rank-aware logger, process groups and seeding."""
+
+import datetime
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("bat")
+
+
+class InputError(ValueError):
+    """Bad input from outside: scripts turn it into one line and exit code 2."""
+
+
+def get_rank() -> int:
+    """Index of this process, 0 without a launcher."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes, 1 without a launcher."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """True in the process that prints and writes."""
+    return get_rank() == 0
+
+
+def setup_logging() -> None:
+    """Sends the project's messages to standard output: all from rank 0, errors from the others."""
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
+    """Joins the process group that a launcher such as torchrun describes, if there is one.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:1", ...; with several processes "cuda" means the
+            process's own GPU.
+        timeout_minutes: how long a collective waits for the other processes.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        InputError: the device does not exist here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as problem:
+        raise InputError(f"unknown device '{device}'") from problem
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"device '{device}' asked for, but no GPU is available")
+        index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise InputError(f"device cuda:{index} asked for, of {torch.cuda.device_count()} GPUs")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if chosen.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    return chosen
+
+
+def seed_everything(*fields: int) -> None:
+    """Seeds every random stream of this process from integers such as (seed, rank, epoch, step).
+
+    Called before every step, so that a resumed run draws what an undisturbed one would have drawn
+    and no random state has to be stored.
+    """
+    seed = int(np.random.SeedSequence(fields).generate_state(1, np.uint64)[0] >> 1)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Adds numbers over all processes, in float64."""
+    if get_world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+class SmoothedValue:
+    """A number's latest values, and its mean over everything it was updated with."""
+
+    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
+        """Builds the meter.
+
+        Args:
+            window_size: how many values count as the latest.
+            fmt: how to print it: median, avg, global_avg and value may be named.
+        """
+        self.deque: deque[float] = deque(maxlen=window_size)
+        self.total = 0.0
+        self.count = 0
+        self.fmt = fmt
+
+    def update(self, value: float, n: int = 1) -> None:
+        """Adds a value that stands for n of them."""
+        self.deque.append(value)
+        self.count += n
+        self.total += value * n
+
+    @property
+    def median(self) -> float:
+        """Lower median of the latest values."""
+        ordered = sorted(self.deque)
+        return ordered[(len(ordered) - 1) // 2] if ordered else float("nan")
+
+    @property
+    def avg(self) -> float:
+        """Mean of the latest values."""
+        return sum(self.deque) / len(self.deque) if self.deque else float("nan")
+
+    @property
+    def global_avg(self) -> float:
+        """Mean of all values."""
+        return self.total / self.count if self.count else float("nan")
+
+    @property
+    def value(self) -> float:
+        """The last value."""
+        return self.deque[-1] if self.deque else float("nan")
+
+    def __str__(self) -> str:
+        return self.fmt.format(
+            median=self.median, avg=self.avg, global_avg=self.global_avg, value=self.value
+        )
+
+    def state_dict(self) -> dict:
+        """Plain values that `load_state_dict` takes."""
+        return {"latest": list(self.deque), "total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where `state_dict` was taken."""
+        self.deque.clear()
+        self.deque.extend(state["latest"])
+        self.total, self.count = state["total"], state["count"]
+
+
+class MetricLogger:
+    """Meters by name, and DeiT's progress lines with an ETA."""
+
+    def __init__(self) -> None:
+        """Starts without meters."""
+        self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        """Adds a meter with a format of its own."""
+        self.meters[name] = meter
+
+    def update(self, **values: float) -> None:
+        """Updates meters by name."""
+        for name, value in values.items():
+            self.meters[name].update(float(value))
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def averages(self) -> dict[str, float]:
+        """Mean of every meter."""
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
+    def state_dict(self) -> dict:
+        """Plain values that `load_state_dict` takes."""
+        return {name: meter.state_dict() for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where `state_dict` was taken."""
+        for name, meter_state in state.items():
+            self.meters[name].load_state_dict(meter_state)
+
+    def log_every(
+        self, iterable: Iterable, print_freq: int, *, header: str, total: int, start: int = 0
+    ) -> Iterator:
+        """Passes items on and logs a line every `print_freq` of them, and after the last.
+
+        Args:
+            iterable: the items from number `start` on.
+            print_freq: items between lines.
+            header: first words of every line.
+            total: number of the last item plus one.
+            start: number of the first item.
+        """
+        begin = end = time.perf_counter()
+        iteration, loading = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
+        width = len(str(total))
+        for index, item in enumerate(iterable, start):
+            loading.update(time.perf_counter() - end)
+            yield item
+            iteration.update(time.perf_counter() - end)
+            end = time.perf_counter()
+            if index % print_freq == 0 or index == total - 1:
+                left = datetime.timedelta(seconds=int(iteration.avg * (total - 1 - index)))
+                logger.info(
+                    f"{header}  [{index:>{width}}/{total}]  eta: {left}  {self}  "
+                    f"time: {iteration}  data: {loading}{_memory()}"
+                )
+        took = end - begin
+        per_item = took / max(1, total - start)
+        logger.info(
+            f"{header} Total time: {datetime.timedelta(seconds=int(took))} ({per_item:.4f} s / it)"
+        )
+
+
+def _memory() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+
+
+def git_hash() -> str:
+    """Commit of the code that runs, with "-dirty" when files differ from it; "unknown" outside."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return result.stdout.strip()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a `log.txt`; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
