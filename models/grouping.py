@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_COSINE = 1 - 1e-6  # exact duplicates tie here instead of being ranked by rounding
+SMALL_PRODUCT = 16  # rows up to which `inner_products` avoids the matrix product
 
 
 @contextmanager
@@ -42,6 +43,24 @@ def matmul_float32(left: Tensor, right: Tensor) -> Tensor:
     """Batched matrix product in float32 under any autocast: (B, I, D) x (B, D, J) -> (B, I, J)."""
     with ieee_float32(left.device.type):
         return left.float() @ right.float()
+
+
+def inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of tokens, bit-identical for bit-identical tokens wherever they stand.
+
+    Matrix products of few rows are rounded by position in some CPU libraries, which would order
+    duplicates at random; few rows are therefore multiplied and summed one by one.
+
+    Args:
+        left: (B, I, D) tokens.
+        right: (B, J, D) tokens.
+
+    Returns:
+        (B, I, J) float32 inner products.
+    """
+    if min(left.shape[1], right.shape[1]) <= SMALL_PRODUCT:
+        return (left.float().unsqueeze(2) * right.float().unsqueeze(1)).sum(dim=-1)
+    return matmul_float32(left, right.transpose(-2, -1))
 
 
 def gather_tokens(x: Tensor, token_idx: Tensor) -> Tensor:
@@ -86,7 +105,7 @@ def squared_distances(x: Tensor) -> Tensor:
     """
     x = x.float()
     centred = x - x.mean(dim=1, keepdim=True)
-    gram = matmul_float32(centred, centred.transpose(-2, -1))  # (B, M, M)
+    gram = inner_products(centred, centred)  # (B, M, M)
     norms = gram.diagonal(dim1=-2, dim2=-1)  # (B, M)
     squared = (norms.unsqueeze(2) + norms.unsqueeze(1) - 2 * gram).clamp(min=0)
     itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
@@ -167,7 +186,7 @@ def match_pairs(x: Tensor, num_pairs: int) -> Tensor:
         return position
     x = x.detach().float()
     unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    similarity = matmul_float32(unit[:, ::2], unit[:, 1::2].transpose(-2, -1))  # (B, A/2, A/2)
+    similarity = inner_products(unit[:, ::2], unit[:, 1::2])  # (B, A/2, A/2)
     best, mate = similarity.clamp(max=MAX_COSINE).max(dim=-1)  # max returns the first of equals
     order = best.argsort(dim=-1, descending=True, stable=True)
     source = order[:, :num_pairs]  # (B, P)

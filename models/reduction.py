@@ -156,6 +156,8 @@ def topk_assignment(x: Tensor, importance: Tensor, keep_rate: float) -> Tensor:
         (B, N) int64 importance rank in 0 .. K-1, or -1.
     """
     kept = token_budget(x.shape[1], keep_rate).kept
+    if kept >= x.shape[1]:
+        return identity_assignment(x)
     rank = importance_rank(importance)
     return rank.masked_fill(rank >= kept, -1)
 
@@ -172,6 +174,8 @@ def evit_assignment(x: Tensor, importance: Tensor, keep_rate: float) -> Tensor:
         (B, N) int64 importance rank in 0 .. K-1, or K for the tokens of the fused one.
     """
     kept = token_budget(x.shape[1], keep_rate).kept
+    if kept >= x.shape[1]:
+        return identity_assignment(x)
     return importance_rank(importance).clamp(max=kept)
 
 
@@ -185,7 +189,10 @@ def dpcknn_assignment(x: Tensor, keep_rate: float) -> Tensor:
     Returns:
         (B, N) int64 cluster in 0 .. K-1, by falling score.
     """
-    return density_peaks(x, token_budget(x.shape[1], keep_rate).kept)
+    kept = token_budget(x.shape[1], keep_rate).kept
+    if kept >= x.shape[1]:
+        return identity_assignment(x)
+    return density_peaks(x, kept)
 
 
 def tome_assignment(x: Tensor, sizes: Tensor, keep_rate: float) -> Tensor:
@@ -230,6 +237,8 @@ def random_assignment(x: Tensor, keep_rate: float, *, stage: int, seed: int) -> 
         (B, N) int64 position of the token in the permutation when below K, else -1.
     """
     kept = token_budget(x.shape[1], keep_rate).kept
+    if kept >= x.shape[1]:
+        return identity_assignment(x)
     prime = 2_147_483_647  # 2^31 - 1: every product below stays under 2^62
     key = torch.arange(1, x.shape[1] + 1, device=x.device)
     for constant in (seed, stage, x.shape[1], 48_271, 69_621):

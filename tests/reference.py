@@ -37,10 +37,8 @@ class Margin:
             exact_tie: whether equal sides are equal in any arithmetic, such as the distances to
                 two bit-identical tokens.
         """
-        if first == second:
-            gap = math.inf if exact_tie else 0.0
-        else:
-            gap = abs(first - second) / scale if scale > 0 else math.inf
+        tie_gap = math.inf if exact_tie else 0.0
+        gap = tie_gap if first == second else abs(first - second) / scale
         self.smallest = min(self.smallest, gap)
 
 
@@ -293,7 +291,7 @@ def merge(
         share = {n: weights[n] for n in members}
         total = sum(share.values())
         if normalize:
-            share = {n: w / total if total > 0 else 1 / len(members) for n, w in share.items()}
+            share = {n: w / total if total else 1 / len(members) for n, w in share.items()}
         token = [0.0] * len(tokens[0])
         for n in members:
             for d, value in enumerate(tokens[n]):

@@ -79,17 +79,12 @@ def test_identity_and_single_token_budgets():
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("num_tokens", (0, 0.5)),
-    ("num_tokens", (-3, 0.5)),
-    ("keep_rate", (196, 0.0)),
-    ("keep_rate", (196, -0.25)),
-    ("keep_rate", (196, 1.25)),
-    ("keep_rate", (196, math.nan)),
-    ("cluster_ratio", (196, 0.5, -0.25)),
-    ("cluster_ratio", (196, 0.5, 1.25)),
+    ("num_tokens", (0, 0.5)), ("num_tokens", (-3, 0.5)),
+    ("keep_rate", (196, 0.0)), ("keep_rate", (196, -0.25)),
+    ("keep_rate", (196, 1.25)), ("keep_rate", (196, math.nan)),
+    ("cluster_ratio", (196, 0.5, -0.25)), ("cluster_ratio", (196, 0.5, 1.25)),
     ("cluster_ratio", (196, 0.5, math.nan)),
-    ("match_ratio", (196, 0.5, 0.4, -0.25)),
-    ("match_ratio", (196, 0.5, 0.4, 1.25)),
+    ("match_ratio", (196, 0.5, 0.4, -0.25)), ("match_ratio", (196, 0.5, 0.4, 1.25)),
     ("match_ratio", (196, 1.0, 0.4, math.nan)),
 ])
 def test_budget_refuses_bad_arguments(name, arguments):
