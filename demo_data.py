@@ -1,8 +1,10 @@
 """Draws the demo set: six classes of objects on textured backgrounds, written as an ImageFolder.
 
-The class is the object's shape. Its colour, size, place and angle, the background's texture and
-small blobs are drawn at random and say nothing about the class, so that a model has to find the
-few tokens that matter while the rest stays diverse.
+The class is that of the object: a shape, with a range of hues that only touches the next class's,
+as with fruit. Its tone, size, place and angle, the background's texture and colours, and small
+vivid blobs are drawn at random and say nothing about the class, so that a model has to find the
+few tokens that matter while the rest stays diverse. (Shape alone, in any colour, takes a small
+transformer far longer to learn than a demo should last.)
 """
 
 import fcntl
@@ -22,13 +24,14 @@ DEMO_CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
 # Written last: a folder with it was complete when it got its name.
 MANIFEST = "demo.json"
 # Raised when the pictures change, so that older sets are drawn again.
-DEMO_VERSION = 1
+DEMO_VERSION = 2
 # Shapes are drawn this many times larger, then averaged down, for smooth edges.
 SUPERSAMPLING = 4
-# Least Euclidean distance, of 8-bit RGB values, between an object's and the background's colours.
+# Least distance, in 8-bit RGB, that nine tenths of a background keep from the object's colour.
 MIN_CONTRAST = 110.0
-# Half the width of a class's range of hues, as a share of the distance between two classes.
-HUE_SPREAD = 0.35
+# Half the width of a class's range of hues, as a share of the distance between two classes: from
+# 0.5 up neighbours overlap and the shape has to decide between them.
+HUE_SPREAD = 0.5
 
 
 def _hsv_to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -132,10 +135,16 @@ def _object_mask(rng: np.random.Generator, name: str, size: int) -> Image.Image:
 def _scene_colours(
     rng: np.random.Generator, name: str, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A background and an object's vivid colour, of its class's range of hues, that stands out.
+    """Draws a background and an object's vivid colour until the object stands out from it.
+
+    Args:
+        rng: the source of randomness.
+        name: class of the object, which decides the range of hues.
+        size: side in pixels.
 
     Returns:
-        (size, size, 3) background and (3,) colour, both in 0..255.
+        (size, size, 3) background and (3,) colour, both in 0..255; the pair of most contrast if
+        no pair in six reaches `MIN_CONTRAST`.
     """
     best, best_distance = None, -1.0
     for _ in range(6):

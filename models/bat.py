@@ -19,13 +19,12 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .budget import TokenBudget, check_fraction
 from .grouping import class_token_importance
 from .reduction import (
     MERGE_WEIGHTS,
     ReducedTokens,
     StageInputs,
-    TokenBudget,
-    check_fraction,
     reduce_tokens,
     stage_counts,
 )
@@ -248,6 +247,20 @@ class BATVisionTransformer(VisionTransformer):
         keep_rates = expand_keep_rate(keep_rate, len(self.reduction_loc))
         for index, value in zip(self.reduction_loc, keep_rates, strict=True):
             self.blocks[index].keep_rate = value
+
+    def set_reduction(self, reduction: str) -> None:
+        """Changes the method of the same weights.
+
+        Args:
+            reduction: a name in REDUCTIONS.
+
+        Raises:
+            ValueError: the method is unknown.
+        """
+        stage_counts(reduction, 1, 1.0, cluster_ratio=0, match_ratio=0)  # checks the name
+        for index in self.reduction_loc:
+            self.blocks[index].reduction = reduction
+        self.reduction = reduction
 
     def stages(self, num_patches: int | None = None) -> tuple[StageInfo, ...]:
         """Describes every stage for images of `num_patches` patches (default: the model's own)."""

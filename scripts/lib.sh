@@ -1,0 +1,84 @@
+# Functions shared by the scripts; sourced, not run. Every script starts in the repository's root.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Makes the virtual environment once and puts it first on the PATH.
+# VENV: its folder (default .venv); $1: the requirements file.
+setup_env() {
+    local venv="${VENV:-.venv}" requirements="$1"
+    if [ ! -x "$venv/bin/python" ]; then
+        echo "Making a virtual environment in $venv"
+        python3 -m venv "$venv"
+    fi
+    PATH="$(cd "$venv" && pwd)/bin:$PATH"
+    export PATH
+    local stamp="$venv/.installed-$(basename "$requirements")"
+    if [ ! -f "$stamp" ] || [ -n "$(find requirements*.txt -newer "$stamp")" ]; then
+        echo "Installing $requirements into $venv (PyTorch is large: this takes minutes)"
+        python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+        touch "$stamp"
+    fi
+}
+
+# Uses .venv (or VENV) when it is there, else the Python at hand.
+use_env() {
+    local venv="${VENV:-.venv}"
+    if [ -x "$venv/bin/python" ]; then
+        PATH="$(cd "$venv" && pwd)/bin:$PATH"
+        export PATH
+    fi
+}
+
+# Sets GPUS (per node, found out unless given) and NODES.
+find_gpus() {
+    NODES="${SLURM_NNODES:-1}"
+    if [ -z "${GPUS:-}" ]; then
+        GPUS="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    fi
+    PROCESSES=$((NODES * (GPUS > 0 ? GPUS : 1)))
+}
+
+# Splits a recipe's total batch: sets BATCH (per process) and ACCUM so that
+# BATCH x ACCUM x processes is $1 and BATCH is at most MAX_BATCH (default 256).
+split_batch() {
+    local total="$1" most="${MAX_BATCH:-256}"
+    find_gpus
+    if ((total % PROCESSES)); then
+        echo "$0: a total batch of $total cannot be shared by $PROCESSES processes" >&2
+        exit 2
+    fi
+    local share=$((total / PROCESSES))
+    ACCUM=1
+    while ((share % ACCUM || share / ACCUM > most)); do ACCUM=$((ACCUM + 1)); done
+    BATCH=$((share / ACCUM))
+    echo "total batch $total = $PROCESSES process(es) x $ACCUM accumulated x $BATCH images"
+}
+
+# Runs main.py with the given flags: alone, with torchrun, or with torchrun on every Slurm node.
+launch() {
+    if ((PROCESSES == 1)); then
+        exec python main.py "$@"
+    elif ((NODES == 1)); then
+        exec torchrun --standalone --nproc-per-node "$GPUS" main.py "$@"
+    fi
+    local head
+    head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    exec srun torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-id "$SLURM_JOB_ID" \
+        --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" main.py "$@"
+}
+
+# Fine-tunes DeiT-S at keep rate $1 with the released runs' schedule; more flags follow.
+finetune_recipe() {
+    local keep_rate="$1"
+    shift
+    use_env
+    split_batch 1024
+    launch --model bat_deit_small_patch16_224 --keep-rate "$keep_rate" --input-size 224 \
+        --data-set IMNET --data-path "${DATA:-data/imagenet}" \
+        --finetune "${DEIT:-https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth}" \
+        --batch-size "$BATCH" --accum-steps "$ACCUM" --epochs 30 \
+        --opt adamw --weight-decay 1e-6 --sched cosine --lr 2e-5 --min-lr 2e-6 --warmup-epochs 0 \
+        --aa rand-m9-mstd0.5-inc1 --color-jitter 0.3 --reprob 0.25 --smoothing 0.1 \
+        --mixup 0.8 --cutmix 1.0 --repeated-aug --amp "${AMP:-fp16}" --resume auto \
+        --output-dir "${OUTPUT:-output/bat_deit_small_keep$keep_rate}" "$@"
+}

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment and runs the tests; flags are pytest's. VENV: see scripts/lib.sh.
+source "$(dirname "$0")/lib.sh"
+setup_env requirements-dev.txt
+exec python -m pytest "$@"

@@ -1,0 +1,165 @@
+"""Shared by the tests: a small ImageFolder, a small model, and ways to run the command line."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small work, shared cores
+
+import logging
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import main
+import models  # noqa: F401 (registers the models)
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CLASSES = ("blue", "green", "red", "yellow")
+COLOURS = ((40, 60, 200), (40, 180, 60), (200, 50, 40), (210, 200, 50))
+TRAIN_IMAGES, VAL_IMAGES = 16, 6  # per class
+
+# Keywords of a model that a CPU runs in milliseconds: 4 x 4 patches, stages in two of its blocks.
+TINY = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 4,
+    "reduction_loc": (1, 2),
+}
+# The same as flags of main.py, and no time spent on worker processes.
+TINY_FLAGS = [
+    "--model", "bat_deit_tiny_patch16_224", "--input-size", "32", "--reduction-loc", "1", "2",
+    "--model-kwargs", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2",
+]  # fmt: skip
+RUN_FLAGS = ["--num-workers", "0", "--device", "cpu", "--print-freq", "100"]
+# Nothing random in a step: the loss is a function of the weights and the batch.
+PLAIN_FLAGS = [
+    "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--aa", "none", "--color-jitter", "0",
+    "--reprob", "0",
+]  # fmt: skip
+
+Result = subprocess.CompletedProcess
+RunMain = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def keep_global_state() -> Iterator[None]:
+    """Puts back what running the program in this process changes."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    _drop_log_handlers()
+
+
+def _drop_log_handlers() -> None:
+    """The handler holds on to the standard output of its test."""
+    logging.getLogger("bat").handlers.clear()
+
+
+def build_tiny(**changes: object) -> nn.Module:
+    """The small model with random weights that give the class token strong preferences."""
+    torch.manual_seed(0)
+    keywords = {"model_name": "bat_deit_tiny_patch16_224"} | TINY | changes
+    return randomise(timm.create_model(**keywords))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Moves every parameter away from its initial value, so that none is 0, 1 or constant."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("qkv.weight"):  # attention logits of about 1: importances far apart
+            noise *= parameter.shape[1] ** -0.5
+            parameter.copy_(noise)
+        else:
+            parameter.add_(0.05 * noise)
+    return model.eval()
+
+
+def write_images(root: Path, classes: dict[str, tuple[int, int, int]], *, size: int = 32) -> Path:
+    """An ImageFolder in which a class is a colour; every image has noise of its own."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for name, colour in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = np.array(colour) + rng.normal(0, 40, (size, size, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageFolder of four classes: 64 training and 24 validation images of 32 x 32 pixels."""
+    root = tmp_path_factory.mktemp("images")
+    return write_images(root, dict(zip(CLASSES, COLOURS, strict=True)))
+
+
+def run_process(*flags: object, launcher: tuple[str, ...] = ()) -> Result:
+    """Runs `python main.py` with the flags; `launcher` are the words between the two."""
+    return subprocess.run(
+        [sys.executable, *launcher, "main.py", *map(str, flags)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_main() -> RunMain:
+    """`run_main(*flags)` runs main.py as a process of its own."""
+    return run_process
+
+
+@pytest.fixture
+def call_main(capsys: pytest.CaptureFixture) -> RunMain:
+    """`call_main(*flags)` runs main.main in this process, with what a process would print."""
+
+    def call(*flags: object) -> Result:
+        capsys.readouterr()
+        code = main_in_process(flags)
+        captured = capsys.readouterr()
+        return Result(list(flags), code, captured.out, captured.err)
+
+    return call
+
+
+def main_in_process(flags: tuple[object, ...]) -> int:
+    """Exit code of main.main; its warnings go to standard error as they would in a process."""
+    _drop_log_handlers()  # the next one made takes today's standard output
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.simplefilter("ignore", ResourceWarning)
+        warnings.showwarning = _print_warning
+        try:
+            return main.main([str(flag) for flag in flags])
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            _drop_log_handlers()
+
+
+def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
