@@ -249,6 +249,18 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_switch(group, "--pin-mem", default=True, help="page-locked batches (GPU only)")
     group.add_argument("--print-freq", type=int, default=10, help="steps between progress lines")
+    add_switch(group, "--deterministic", default=False, help="bit-identical runs, if slower ones")
+    group = parser.add_argument_group("surviving")
+    group.add_argument(
+        "--checkpoint-interval", default="0", metavar="UPDATES|MINUTESm",
+        help="write checkpoints within an epoch too: every 500 updates, or every 10m; 0: never",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-checkpoints", type=int, default=1, help="newest checkpoints to keep, and the best"
+    )
+    group.add_argument(
+        "--dist-timeout", type=float, default=30, help="minutes to wait for another process"
+    )
     group = parser.add_argument_group("what the model costs")
     add_switch(group, "--describe", default=False, help="print tokens and GMACs a block and stop")
     group.add_argument(
@@ -276,7 +288,14 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
     What the model itself checks (keep rates, ratios, locations) is left to it.
     """
-    for name in ("batch_size", "epochs", "accum_steps", "eval_interval", "print_freq"):
+    for name in (
+        "batch_size",
+        "epochs",
+        "accum_steps",
+        "eval_interval",
+        "print_freq",
+        "keep_checkpoints",
+    ):
         if getattr(args, name) < 1:
             parser.error(
                 f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"

@@ -20,7 +20,7 @@ from engine import TrainState
 from losses import DistillationLoss
 from models import BATVisionTransformer, find_keep_rate
 from samplers import EvalSampler, TrainSampler
-from utils import InputError, get_rank, get_world_size, logger
+from utils import InputError, get_rank, get_world_size, ignore_stop_signals, logger
 
 NUM_REPEATS = 3  # DeiT's repeated augmentation
 REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
@@ -147,6 +147,7 @@ def _loader(args, dataset, sampler, device, *, drop_last: bool) -> DataLoader:
         pin_memory=args.pin_mem and device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
     )
 
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import (
     MetricLogger,
     SmoothedValue,
-    all_reduce_sum,
+    all_reduce,
     get_rank,
     get_world_size,
     seed_everything,
@@ -25,7 +26,15 @@ from utils import (
 
 
 class DivergenceError(RuntimeError):
-    """The loss is not finite: going on would only spoil the weights."""
+    """The loss or the gradient is not finite: going on would only spoil the weights."""
+
+
+class PreemptedError(RuntimeError):
+    """The run was asked to stop; its state is at the end of an update, ready to be saved."""
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,7 @@ def train_one_epoch(
     options: TrainOptions,
     mixup: Mixup | None = None,
     after_update: Callable[[TrainState], None] | None = None,
+    stop_requested: Callable[[], bool] = _never,
 ) -> dict[str, float]:
     """Trains for one epoch, or for the rest of one.
 
@@ -164,12 +174,14 @@ def train_one_epoch(
         options: how to run the steps.
         mixup: timm's mixup and cutmix, or None.
         after_update: called after every update, e.g. to write a checkpoint.
+        stop_requested: asked after every batch; all processes stop when one says True.
 
     Returns:
         Means over the epoch and all processes: loss, lr, keep_rate, and the number of bad images.
 
     Raises:
-        DivergenceError: the loss is not finite.
+        DivergenceError: the loss or the gradient norm is not finite.
+        PreemptedError: a stop was requested; the update at hand is done.
     """
     model.train(options.training_mode)
     metrics = _new_metrics(state.metrics)
@@ -184,8 +196,9 @@ def train_one_epoch(
         seed_everything(options.seed, get_rank(), state.epoch, state.step)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        if options.keep_rate_at and (options.shrink_by_step or state.step == 0):
-            set_keep_rate(state, options.keep_rate_at(state.epoch + state.step / num_steps))
+        if options.keep_rate_at:
+            within = state.step / num_steps if options.shrink_by_step else 0
+            set_keep_rate(state, options.keep_rate_at(state.epoch + within))
         if mixup is not None:
             images, targets = mixup(images, targets)
 
@@ -195,17 +208,20 @@ def train_one_epoch(
             with _autocast(device, options.amp_dtype):
                 loss = criterion(images, model(images), targets)
             state.scaler.scale(loss / options.accum_steps).backward()
-        loss_value, num_bad = all_reduce_sum([loss.item(), float(is_bad.sum())], device)
+        shared = [loss.item(), float(is_bad.sum()), float(stop_requested())]
+        loss_value, num_bad, num_stops = all_reduce(shared, device)
         loss_sum += loss_value / get_world_size()
-        _check_finite(loss_sum, state, metrics)
+        _check_finite("loss", loss_sum, state, metrics)
         metrics.update(bad_images=num_bad)
         state.step += 1
         if last:
-            _update(state, options.clip_grad)
+            _update(state, metrics, options.clip_grad)
             metrics.update(loss=loss_sum / options.accum_steps)
             metrics.update(lr=state.optimizer.param_groups[0]["lr"])
             loss_sum = 0.0
             state.metrics = metrics.state_dict()
+            if num_stops:
+                raise PreemptedError(f"epoch {state.epoch}, step {state.step}")
             if after_update is not None:
                 after_update(state)
     averages = metrics.averages()
@@ -222,21 +238,26 @@ def _new_metrics(saved: dict) -> MetricLogger:
     return metrics
 
 
-def _check_finite(loss: float, state: TrainState, metrics: MetricLogger) -> None:
-    """Raises DivergenceError unless the loss, averaged over all processes, is finite: all stop."""
-    if not math.isfinite(loss):
+def _check_finite(name: str, value: float, state: TrainState, metrics: MetricLogger) -> None:
+    """Raises DivergenceError unless a number that all processes share is finite: all stop."""
+    if not math.isfinite(value):
         history = ", ".join(f"{past:.4g}" for past in metrics.meters["loss"].deque) or "none"
         raise DivergenceError(
-            f"the loss is {loss} in epoch {state.epoch}, step {state.step}, at learning rate "
+            f"the {name} is {value} in epoch {state.epoch}, step {state.step}, at learning rate "
             f"{state.optimizer.param_groups[0]['lr']:.3g}; losses before: {history}"
         )
 
 
-def _update(state: TrainState, clip_grad: float | None) -> None:
-    """One optimizer step from the gradients at hand, and the moving average after it."""
-    if clip_grad is not None:
-        state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+def _update(state: TrainState, metrics: MetricLogger, clip_grad: float | None) -> None:
+    """One optimizer step from the gradients at hand, and the moving average after it.
+
+    With fp16 a gradient may overflow now and then: the scaler then skips the step by itself.
+    """
+    state.scaler.unscale_(state.optimizer)
+    limit = math.inf if clip_grad is None else clip_grad
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    if not state.scaler.is_enabled():
+        _check_finite("gradient norm", norm.item(), state, metrics)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
@@ -285,6 +306,7 @@ def evaluate(
     print_freq: int = 10,
     header: str = "Test:",
     all_ranks: bool = True,
+    stop_requested: Callable[[], bool] = _never,
 ) -> dict[str, float]:
     """Accuracy and loss over a data set, every image counted once.
 
@@ -296,16 +318,24 @@ def evaluate(
         print_freq: batches between progress lines.
         header: first words of the progress lines.
         all_ranks: the processes share the data set, so add up their counts.
+        stop_requested: asked after every batch; all processes stop when one says True.
 
     Returns:
         acc1 and acc5 in percent, loss (mean cross-entropy), and how many images were evaluated and
         how many of them could not be read.
+
+    Raises:
+        PreemptedError: a stop was requested.
     """
     model.eval()
     metrics = MetricLogger()
+    # Shares differ by an image, so a process may have one batch more, which it spends alone.
+    common = all_reduce([float(len(data_loader))], device, ReduceOp.MIN)[0]
     sums = torch.zeros(5, dtype=torch.float64)  # correct1, correct5, loss, images, bad images
     batches = metrics.log_every(data_loader, print_freq, header=header, total=len(data_loader))
-    for images, targets, is_bad in batches:
+    for index, (images, targets, is_bad) in enumerate(batches):
+        if index < common and all_reduce([float(stop_requested())], device)[0]:
+            raise PreemptedError("during the evaluation")
         images = images.to(device, non_blocking=True)
         with _autocast(device, amp_dtype):
             logits = model(images)
@@ -315,7 +345,7 @@ def evaluate(
         batch = batch.cpu()
         metrics.update(loss=batch[2] / batch[3], acc1=100 * batch[0] / batch[3])
         sums += batch
-    totals = all_reduce_sum(sums.tolist(), device) if all_ranks else sums.tolist()
+    totals = all_reduce(sums.tolist(), device) if all_ranks else sums.tolist()
     correct1, correct5, loss, num_images, num_bad = totals
     return {
         "acc1": 100 * correct1 / num_images,

@@ -1,7 +1,8 @@
 """Trains and evaluates token-reducing Vision Transformers; `python main.py --help` lists all flags.
 
 One process needs no launcher; several are started with torchrun. Exit codes: 0 done, 2 bad input,
-3 the loss is not finite.
+3 the loss or the gradient is not finite, 4 the output cannot be written, 5 another process is gone,
+75 stopped by SIGTERM or SIGUSR1 after writing a checkpoint (start again with --resume auto).
 """
 
 import argparse
@@ -9,15 +10,17 @@ import datetime
 import math
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from arguments import check_args, get_args_parser
+from arguments import ArgumentParser, check_args, get_args_parser
 from builders import (
     AMP_DTYPES,
     apply_target_gmacs,
@@ -41,6 +44,7 @@ from checkpoints import (
 )
 from engine import (
     DivergenceError,
+    PreemptedError,
     TrainOptions,
     TrainState,
     evaluate,
@@ -50,18 +54,26 @@ from engine import (
     train_one_epoch,
 )
 from models import BATVisionTransformer, count_gmacs, count_parameters, describe
-from recorder import Recorder, check_writable
+from recorder import CheckpointSchedule, Recorder, check_writable
 from utils import (
     InputError,
+    StopRequest,
+    Survivors,
+    barrier,
+    get_rank,
     get_world_size,
     init_process,
     is_main_process,
     logger,
+    make_deterministic,
     seed_everything,
     setup_logging,
 )
 
 EXIT_DIVERGED = 3
+EXIT_NOT_WRITTEN = 4
+EXIT_LOST_PROCESS = 5
+EXIT_PREEMPTED = 75
 
 
 def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
@@ -103,8 +115,9 @@ def run_evaluation(
     val_loader: DataLoader,
     device: torch.device,
     header: str = "Test:",
+    **options,
 ) -> dict[str, float]:
-    """Evaluates a model on its device and logs the result."""
+    """Evaluates a model on its device and logs the result; options are those of `evaluate`."""
     result = evaluate(
         val_loader,
         model,
@@ -113,6 +126,7 @@ def run_evaluation(
         print_freq=args.print_freq,
         header=header,
         all_ranks=args.dist_eval,
+        **options,
     )
     logger.info(
         f"{header} Acc@1 {result['acc1']:.3f}  Acc@5 {result['acc5']:.3f}  "
@@ -136,47 +150,92 @@ def run_training(
     """Trains from `state.epoch` to the last epoch.
 
     Raises:
-        DivergenceError: the loss is not finite.
+        DivergenceError: the loss or the gradient is not finite.
+        PreemptedError: a signal asked the run to stop; a checkpoint has been written.
     """
-    model = state.model
-    options = train_options(args, model.keep_rates)
-    if args.compile:
-        model.compile()
-    if get_world_size() > 1:
-        model = DistributedDataParallel(model, device_ids=_device_ids(device))
+    options = train_options(args, state.model.keep_rates)
     mixup = build_mixup(args, num_classes)
     criterion = build_criterion(args, num_classes, device, soft_targets=mixup is not None)
-    num_steps = num_training_steps(
-        train_loader.sampler.epoch_length // args.batch_size, args.accum_steps
-    )
+    model = wrap_model(state.model, device, compiled=args.compile)
+    stop_requested = StopRequest()
+    schedule = CheckpointSchedule(args.checkpoint_interval)
+
+    def save_if_due(state: TrainState) -> None:
+        if schedule.due(state.updates, device):
+            save_checkpoint(state, recorder, device)
+
     begin = time.time()
-    for epoch in range(state.epoch, args.epochs):
-        first_step, epoch_begin = state.step, time.time()
-        train_loader.sampler.set_epoch(epoch, start=state.step * args.batch_size)
-        train_result = train_one_epoch(
-            state,
-            model,
-            criterion,
-            train_loader,
-            device=device,
-            num_steps=num_steps,
-            options=options,
-            mixup=mixup,
-        )
-        seconds = time.time() - epoch_begin
-        images = (num_steps - first_step) * args.batch_size * get_world_size()
-        state.scheduler.step(epoch)
-        state.epoch, state.step, state.metrics = epoch + 1, 0, {}
-        entry = {f"train_{name}": value for name, value in train_result.items()}
-        entry |= {"epoch": epoch, "keep_rate": list(state.model.keep_rates)}
-        entry |= {"images_per_second": images / seconds, "epoch_seconds": seconds}
-        if state.epoch % args.eval_interval == 0 or state.epoch == args.epochs:
-            entry |= validate(args, state, val_loader, device, recorder)
-        if recorder is not None:
-            recorder.log_epoch(entry)
-            recorder.save(state)
+    try:
+        for epoch in range(state.epoch, args.epochs):
+            entry = train_and_time(
+                state,
+                model,
+                criterion,
+                train_loader,
+                device=device,
+                options=options,
+                accum_steps=args.accum_steps,
+                mixup=mixup,
+                after_update=save_if_due,
+                stop_requested=stop_requested,
+            )
+            if options.keep_rate_at is not None:
+                set_keep_rate(state, options.keep_rate_at(epoch + 1))
+            if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
+                entry |= validate(args, state, val_loader, device, recorder, stop_requested)
+            state.scheduler.step(epoch)
+            state.epoch, state.step, state.metrics = epoch + 1, 0, {}
+            if recorder is not None:
+                recorder.log_epoch(entry)
+            save_checkpoint(state, recorder, device)
+    except PreemptedError:
+        save_checkpoint(state, recorder, device)
+        raise
     took = datetime.timedelta(seconds=int(time.time() - begin))
     logger.info(f"Training time {took}, best Acc@1 {state.best.get('test_acc1', math.nan):.3f}")
+
+
+def wrap_model(model: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The model to call in training: compiled, and with gradients shared among processes."""
+    if compiled:
+        model.compile()
+    if get_world_size() == 1:
+        return model
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+
+
+def save_checkpoint(state: TrainState, recorder: Recorder | None, device: torch.device) -> None:
+    """Writes a checkpoint while no process is behind it, and none runs ahead of it."""
+    barrier(device)
+    if recorder is not None:
+        recorder.save(state)
+    barrier(device)
+
+
+def train_and_time(
+    state: TrainState,
+    model: nn.Module,
+    criterion: nn.Module,
+    train_loader: DataLoader,
+    *,
+    accum_steps: int,
+    **options,
+) -> dict:
+    """Trains for (the rest of) an epoch and returns what log.txt says of it."""
+    first_step, begin = state.step, time.time()
+    sampler, batch_size = train_loader.sampler, train_loader.batch_size
+    num_steps = num_training_steps(sampler.epoch_length // batch_size, accum_steps)
+    sampler.set_epoch(state.epoch, start=first_step * batch_size)
+    result = train_one_epoch(state, model, criterion, train_loader, num_steps=num_steps, **options)
+    seconds = time.time() - begin
+    images = (num_steps - first_step) * batch_size * get_world_size()
+    return {
+        "epoch": state.epoch,
+        **{f"train_{name}": value for name, value in result.items()},
+        "keep_rate": list(state.model.keep_rates),
+        "images_per_second": images / seconds,
+        "epoch_seconds": seconds,
+    }
 
 
 def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...]) -> TrainOptions:
@@ -199,21 +258,20 @@ def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...]) -> Tr
     )
 
 
-def _device_ids(device: torch.device) -> list[int] | None:
-    return [device.index] if device.type == "cuda" else None
-
-
 def validate(
     args: argparse.Namespace,
     state: TrainState,
     val_loader: DataLoader,
     device: torch.device,
     recorder: Recorder | None,
+    stop_requested: StopRequest,
 ) -> dict[str, float]:
     """Evaluates the weights and their moving average, and keeps the best of the former."""
     entry = {}
     for prefix, model in evaluation_models(state, device).items():
-        result = run_evaluation(args, model, val_loader, device, f"{prefix}:")
+        result = run_evaluation(
+            args, model, val_loader, device, f"{prefix}:", stop_requested=stop_requested
+        )
         entry |= {f"{prefix}_{name}": value for name, value in result.items()}
         best = max(state.best.get(f"{prefix}_acc1", -1.0), result["acc1"])
         improved = best > state.best.get(f"{prefix}_acc1", -1.0)
@@ -250,7 +308,10 @@ def main(argv: list[str] | None = None) -> int:
         if typed.finetune and source == typed.finetune:
             stored.pop("num_classes", None)
         args = with_stored_model(typed, stored)
-        device = init_process(args.device)
+        CheckpointSchedule(args.checkpoint_interval)  # refused before anything is built
+        if args.deterministic:
+            make_deterministic()
+        device = init_process(args.device, args.dist_timeout)
         folder = check_writable(args.output_dir) if args.output_dir else None
         train_dataset, val_dataset, num_classes = build_datasets(args)
         if args.nb_classes not in (None, num_classes):
@@ -267,32 +328,51 @@ def main(argv: list[str] | None = None) -> int:
             if source not in ("", typed.finetune):
                 resume(state, checkpoint, source)
     if args.eval:
-        run_evaluation(args, model.to(device), val_loader, device)
-        return 0
+        evaluation = partial(run_evaluation, args, model.to(device), val_loader, device)
+        return exit_code(parser, evaluation)
 
     recorder = None
     if folder is not None and is_main_process():
-        recorder = Recorder(folder, typed, model_args, val_dataset.classes)
-        recorder.start(state.epoch, {"gmacs": gmacs, "parameters": count_parameters(model)})
-    try:
-        run_training(
-            args,
-            state,
-            train_loader,
-            val_loader,
-            device=device,
-            num_classes=num_classes,
-            recorder=recorder,
+        recorder = Recorder(
+            folder, typed, model_args, val_dataset.classes, keep_checkpoints=args.keep_checkpoints
         )
+        recorder.start(state.epoch, {"gmacs": gmacs, "parameters": count_parameters(model)})
+    training = partial(
+        run_training,
+        args,
+        state,
+        train_loader,
+        val_loader,
+        device=device,
+        num_classes=num_classes,
+        recorder=recorder,
+    )
+    code = exit_code(parser, training)
+    if recorder is not None:
+        recorder.close()
+    return code
+
+
+def exit_code(parser: ArgumentParser, run: Callable[[], object]) -> int:
+    """Runs the expensive part; what can go wrong in it becomes one line and an exit code."""
+    try:
+        run()
+        return 0
     except InputError as problem:  # an unreadable image
         parser.error(str(problem))
     except DivergenceError as problem:
-        logger.error(f"{parser.prog}: stopped: {problem}")
-        return EXIT_DIVERGED
-    finally:
-        if recorder is not None:
-            recorder.close()
-    return 0
+        code, message = EXIT_DIVERGED, f"stopped: {problem}"
+    except PreemptedError as problem:
+        code, message = EXIT_PREEMPTED, f"stopped as asked, {problem}; --resume auto goes on"
+    except OSError as problem:
+        code, message = EXIT_NOT_WRITTEN, f"stopped: {problem}"
+    except RuntimeError as problem:
+        if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):
+            raise
+        lost = Survivors.lost_ranks()
+        code, message = EXIT_LOST_PROCESS, f"rank {get_rank()} stopped: lost rank(s) {lost}"
+    logger.error(f"{parser.prog}: {message}")
+    return code
 
 
 def resume(state: TrainState, checkpoint: dict, source: str) -> None:
@@ -312,6 +392,6 @@ def resume(state: TrainState, checkpoint: dict, source: str) -> None:
 
 if __name__ == "__main__":
     code = main()
-    if dist.is_initialized():
+    if dist.is_initialized() and code in (0, EXIT_PREEMPTED):
         dist.destroy_process_group()
     sys.exit(code)

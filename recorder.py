@@ -3,8 +3,10 @@
 import argparse
 import datetime
 import json
+import os
 import platform
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from checkpoints import save_atomically
 from engine import TrainState
-from utils import InputError, git_hash, read_log
+from utils import InputError, all_reduce, git_hash, is_main_process, read_log
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -44,7 +46,13 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, args: argparse.Namespace, model_args: dict, classes: list[str]
+        self,
+        folder: Path,
+        args: argparse.Namespace,
+        model_args: dict,
+        classes: list[str],
+        *,
+        keep_checkpoints: int = 1,
     ) -> None:
         """Prepares an existing folder.
 
@@ -53,8 +61,10 @@ class Recorder:
             args: the arguments as typed.
             model_args: keywords of `timm.create_model` that rebuild the model.
             classes: class names by index.
+            keep_checkpoints: newest checkpoints to keep, beside the best.
         """
         self.folder = folder
+        self.keep_checkpoints = keep_checkpoints
         self.about = {
             "args": vars(args),
             "model_args": model_args,
@@ -97,8 +107,18 @@ class Recorder:
         self.writer.flush()
 
     def save(self, state: TrainState) -> None:
-        """Writes checkpoint.pth, from which the run can go on exactly."""
-        save_atomically(state.state_dict() | self.about, self.folder / "checkpoint.pth")
+        """Writes checkpoint.pth, from which the run can go on exactly.
+
+        The ones before it stay as checkpoint.1.pth (the newest of them), checkpoint.2.pth, ...
+        """
+        newest = self.folder / "checkpoint.pth"
+        pending = self.folder / "checkpoint.pending.pth"
+        save_atomically(state.state_dict() | self.about, pending)
+        names = [newest, *(self.folder / f"checkpoint.{i}.pth" for i in range(1, 1000))]
+        for index in reversed(range(self.keep_checkpoints - 1)):
+            if names[index].exists():
+                os.replace(names[index], names[index + 1])
+        os.replace(pending, newest)
 
     def save_best(self, state: TrainState) -> None:
         """Writes best.pth: the weights and what rebuilds the model, without the optimizer."""
@@ -110,6 +130,43 @@ class Recorder:
         """Closes the TensorBoard file."""
         if self.writer is not None:
             self.writer.close()
+
+
+class CheckpointSchedule:
+    """Says after which updates a checkpoint is due, beside the end of every epoch."""
+
+    def __init__(self, interval: str) -> None:
+        """Reads the interval.
+
+        Args:
+            interval: "500": every 500 updates; "10m": every 10 minutes; "0": never.
+
+        Raises:
+            InputError: it is neither.
+        """
+        number = interval.removesuffix("m")
+        try:
+            self.interval = float(number) if interval.endswith("m") else int(number)
+        except ValueError:
+            self.interval = -1
+        if self.interval < 0:
+            raise InputError(
+                f"--checkpoint-interval must be updates (500) or minutes (10m), got '{interval}'"
+            )
+        self.in_minutes = interval.endswith("m")
+        self.last = time.monotonic()
+
+    def due(self, updates: int, device: torch.device) -> bool:
+        """Whether to write one now; all processes get the same answer, rank 0's clock decides."""
+        if not self.interval:
+            return False
+        if not self.in_minutes:
+            return updates % self.interval == 0
+        late = is_main_process() and time.monotonic() - self.last >= 60 * self.interval
+        is_due = all_reduce([float(late)], device)[0] > 0
+        if is_due:
+            self.last = time.monotonic()
+        return is_due
 
 
 def versions() -> dict[str, str]:

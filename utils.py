@@ -5,18 +5,24 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger("bat")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOST_RANK_WAIT = 3.0  # seconds that survivors wait for each other's sign of life
 
 
 class InputError(ValueError):
@@ -77,11 +83,61 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        Survivors.store = store
         dist.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
         )
     return chosen
+
+
+class Survivors:
+    """Finds out which ranks are gone once a collective has failed."""
+
+    store: dist.Store | None = None
+
+    @classmethod
+    def lost_ranks(cls) -> list[int]:
+        """Ranks that give no sign of life within a few seconds; called by every survivor.
+
+        The store lives in rank 0 or in the launcher; when it is gone, so is rank 0.
+        """
+        key = f"survivor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        try:
+            cls.store.set(f"{key}/{get_rank()}", "here")
+            time.sleep(LOST_RANK_WAIT)
+            ranks = range(get_world_size())
+            return [rank for rank in ranks if not cls.store.check([f"{key}/{rank}"])]
+        except RuntimeError:
+            return [0]
+
+
+class StopRequest:
+    """Notes a signal that asks the run to stop (SIGTERM, SIGUSR1), for the loop to act on."""
+
+    def __init__(self) -> None:
+        """Installs the handlers; only a process's main thread may do that."""
+        self.signal_name = ""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        """True once a signal has come."""
+        return bool(self.signal_name)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For loader workers: a signal to the whole process group must not break the last step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def seed_everything(*fields: int) -> None:
@@ -96,13 +152,27 @@ def seed_everything(*fields: int) -> None:
     torch.manual_seed(seed)
 
 
-def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Adds numbers over all processes, in float64."""
+def all_reduce(
+    values: list[float], device: torch.device, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> list[float]:
+    """Adds numbers over all processes (or takes another reduction of them), in float64."""
     if get_world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, op)
     return total.tolist()
+
+
+def barrier(device: torch.device) -> None:
+    """Waits until every process has come here."""
+    all_reduce([0.0], device)
+
+
+def make_deterministic() -> None:
+    """Makes every later operation reproducible on this machine; slower on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 class SmoothedValue:

@@ -59,18 +59,19 @@ def test_count_by_hand_with_every_token(img_size: tuple[int, int]) -> None:
     assert count_gmacs(plain) == pytest.approx((macs - class_rows) / 1e9, rel=1e-9)
 
 
-def test_count_by_hand_of_stages() -> None:
-    model = build_tiny(keep_rate=0.5, match_ratio=0.5)
-    macs = embedding_and_head(16) + dense_block(17)
-    for num_tokens in (16, 8):
-        stage = next(stage for stage in model.stages() if stage.num_tokens == num_tokens)
-        kept, _, pairs, attentive, inattentive = stage.budget
-        macs += dense_block(1 + num_tokens, 1 + kept)
-        macs += (1 + num_tokens) * D  # the class token's attention row
-        assert pairs > 0 and inattentive > 0
-        macs += (attentive - attentive // 2) * (attentive // 2) * D  # cosines
-        macs += inattentive * inattentive * D  # distances
-        macs += kept * num_tokens * D  # merging
+def test_count_by_hand_of_a_stage() -> None:
+    """Every matrix product of the stage counts; its sides are large enough to be one."""
+    model = build_tiny(
+        img_size=64, keep_rate=0.75, match_ratio=0.5, reduction_loc=(1,), num_classes=4
+    )
+    kept, _, pairs, attentive, inattentive = model.stages()[0].budget
+    assert (kept, pairs, attentive, inattentive) == (48, 15, 44, 20)
+    macs = embedding_and_head(64) + dense_block(65) + dense_block(65, 1 + kept)
+    macs += dense_block(1 + kept)
+    macs += 65 * D  # the class token's attention row
+    macs += (attentive // 2) ** 2 * D  # cosines
+    macs += inattentive**2 * D  # distances
+    macs += kept * 64 * D  # merging
     assert count_gmacs(model) == pytest.approx(macs / 1e9, rel=1e-9)
 
 
