@@ -178,6 +178,7 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation")
+    add_switch(group, "--src", default=False, help="simple random crop instead of a resized one")
     group.add_argument("--color-jitter", type=float, default=0.3, help="strength without --aa")
     group.add_argument(
         "--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment or AutoAugment policy, or none"

@@ -76,7 +76,7 @@ def build_model(model_args: dict, **regularisation: float) -> BATVisionTransform
         InputError: the name is unknown or not a reducing model, or a keyword does not fit.
     """
     name = model_args["model_name"]
-    own = [entry for entry in timm.list_models() if entry.startswith("bat_")]
+    own = timm.list_models(module="bat")
     if not timm.is_model(name):
         raise InputError(f"unknown model '{name}'; choose from {', '.join(own)}")
     try:

@@ -218,12 +218,12 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     keeps the aspect ratio (for H = W, the short side becomes int(H / eval_crop_ratio)), then crops
     (H, W) from the centre. Inputs of at most 32 x 32 follow DeiT's rule for CIFAR: train on random
     crops of the image padded by 4, evaluate on the whole of it; images of another size are resized
-    to cover the input first.
+    to cover the input first. `src` (simple random crop) asks for such training crops at any size.
 
     Args:
         is_train: for training or for evaluation.
-        args: reads input_size (a number or (H, W)); for training color_jitter, aa,
-            train_interpolation, reprob, remode, recount; for evaluation eval_crop_ratio.
+        args: reads input_size (a number or (H, W)); for training src, color_jitter,
+            aa, train_interpolation, reprob, remode, recount; for evaluation eval_crop_ratio.
 
     Returns:
         A transform from an RGB image to a (3, H, W) float32 tensor with ImageNet's normalisation.
@@ -232,7 +232,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     is_small = max(rows, cols) <= SMALL_INPUT
     if is_train:
         transform = _train_transform((rows, cols), args)
-        if is_small:
+        if is_small or args.src:
             cover = ResizeToCover((rows, cols))
             crop = transforms.RandomCrop((rows, cols), padding=4)
             transform.transforms[:1] = [cover, crop]

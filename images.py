@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from timm.data import auto_augment
 from torchvision import transforms
-from torchvision.transforms import Compose, functional
+from torchvision.transforms import functional
 
 from utils import InputError
 
@@ -146,27 +146,3 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep, **options)
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Keeps the highest bits of each channel; with 0 bits the image is black."""
-    mask = 256 - 2 ** (8 - min(bits_to_keep, 8))
-    return image.point([value & mask for value in range(256)] * 3)
-
-
-def mend_posterize(transform: Compose) -> None:
-    """Lets timm's auto-augmentations posterize to 0 bits, in place.
-
-    At its highest magnitude timm keeps 0 bits, which made a black image until Pillow 13 and raises
-    a ValueError since. RandAugment as DeiT uses it gets there in one posterisation of forty.
-
-    Args:
-        transform: made by timm's `create_transform`.
-    """
-    for step in transform.transforms:
-        operations = [*getattr(step, "ops", ())]
-        for policy in getattr(step, "policy", ()):
-            operations += policy
-        for operation in operations:
-            if operation.name.startswith("Posterize"):
-                operation.aug_fn = _posterize

@@ -303,11 +303,7 @@ class BATVisionTransformer(VisionTransformer):
         return self._run_blocks(x)[0]
 
     def forward_intermediates(self, *args, **kwargs) -> None:
-        """Feature maps of a block, which timm's models give, do not exist once tokens are merged.
-
-        Raises:
-            ValueError: always; the message names the way to the tokens and their places.
-        """
+        """Raises ValueError: the feature maps of timm's models do not exist in a reducing one."""
         raise ValueError(
             "a reducing model has no feature maps; forward_with_assignments says where tokens went"
         )
@@ -344,9 +340,9 @@ def expand_keep_rate(keep_rate: float | Sequence[float], num_stages: int) -> tup
     return tuple(float(value) for value in values)
 
 
-def _cfg(variant: str, url: str) -> dict:
+def _cfg(variant: str, file: str) -> dict:
     return {
-        "url": url,
+        "url": f"https://dl.fbaipublicfiles.com/deit/{file}",
         "hf_hub_id": f"timm/{variant}.fb_in1k",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -362,21 +358,14 @@ def _cfg(variant: str, url: str) -> dict:
     }
 
 
-_DEIT_URL = "https://dl.fbaipublicfiles.com/deit/"
-
 # `pretrained=True` loads DeiT's ImageNet-1k weights: BAT has no parameter of its own.
+_DEIT_FILES = {
+    "deit_tiny_patch16_224": "deit_tiny_patch16_224-a1311bcf.pth",
+    "deit_small_patch16_224": "deit_small_patch16_224-cd65a155.pth",
+    "deit_base_patch16_224": "deit_base_patch16_224-b5f2ef4d.pth",
+}
 default_cfgs = generate_default_cfgs(
-    {
-        "bat_deit_tiny_patch16_224.fb_in1k": _cfg(
-            "deit_tiny_patch16_224", f"{_DEIT_URL}deit_tiny_patch16_224-a1311bcf.pth"
-        ),
-        "bat_deit_small_patch16_224.fb_in1k": _cfg(
-            "deit_small_patch16_224", f"{_DEIT_URL}deit_small_patch16_224-cd65a155.pth"
-        ),
-        "bat_deit_base_patch16_224.fb_in1k": _cfg(
-            "deit_base_patch16_224", f"{_DEIT_URL}deit_base_patch16_224-b5f2ef4d.pth"
-        ),
-    }
+    {f"bat_{name}.fb_in1k": _cfg(name, file) for name, file in _DEIT_FILES.items()}
 )
 
 

@@ -8,16 +8,16 @@ setup_env requirements.txt
 
 python main.py --data-set DEMO --data-path "$OUTPUT/data" --output-dir "$OUTPUT" --resume auto \
     --model bat_deit_tiny_patch16_224 --input-size 64 --keep-rate 0.7 \
-    --model-kwargs patch_size=8 embed_dim=96 depth=8 num_heads=3 --reduction-loc 2 4 6 \
-    --epochs 12 --batch-size 64 --lr 2e-3 --unscale-lr --warmup-epochs 0 --min-lr 1e-5 \
-    --drop-path 0 --aa none --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0 \
-    --no-repeated-aug --no-model-ema --num-workers 1
+    --model-kwargs patch_size=8 embed_dim=64 depth=8 num_heads=2 --reduction-loc 2 4 6 \
+    --epochs 8 --batch-size 64 --lr 1e-3 --unscale-lr --warmup-epochs 0 --min-lr 1e-5 \
+    --src --eval-crop-ratio 1.0 --aa none --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 \
+    --smoothing 0 --drop-path 0 --no-repeated-aug --no-model-ema --num-workers 1
 
 python analyze.py sweep --checkpoint "$OUTPUT/best.pth" --data-set DEMO --data-path "$OUTPUT/data" \
-    --reduction bat --keep-rate 1.0 0.7 0.5 0.3 --num-workers 1 --output-dir "$OUTPUT/sweep"
+    --eval-crop-ratio 1.0 --reduction bat --keep-rate 1.0 0.7 0.5 0.3 --num-workers 1 --output-dir "$OUTPUT/sweep"
 
 python visualize_mask.py --checkpoint "$OUTPUT/best.pth" --data-set DEMO \
-    --data-path "$OUTPUT/data" --shuffle --num-images 12 --output-dir "$OUTPUT/pictures"
+    --data-path "$OUTPUT/data" --eval-crop-ratio 1.0 --shuffle --num-images 12 --output-dir "$OUTPUT/pictures"
 
 echo
 echo "Checkpoint:  $OUTPUT/best.pth"

@@ -24,6 +24,7 @@ def dataset_args(data_path: Path | str, **changes: object) -> Namespace:
         "remode": "pixel",
         "recount": 2,
         "eval_crop_ratio": 0.875,
+        "src": False,
         "inat_category": "name",
         "download": False,
         "seed": 3,
