@@ -27,12 +27,21 @@ REDUCTION_FLAGS = (
 )
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one that the help does not explain already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", {}) or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with one-line errors that takes `--batch_size` for `--batch-size`."""
 
     def __init__(self, *args, **kwargs) -> None:
         """Takes argparse's arguments; abbreviated flags are off and defaults are shown."""
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -149,22 +158,32 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", default="adamw", help="timm optimizer")
+    group.add_argument("--opt", default="adamw", help="optimizer, by timm's name")
     group.add_argument("--opt-eps", type=float, default=1e-8, help="epsilon")
-    group.add_argument("--opt-betas", type=float, nargs="+", default=None, help="betas")
+    group.add_argument(
+        "--opt-betas", type=float, nargs="+", default=None, help="betas; default: the optimizer's"
+    )
     group.add_argument("--momentum", type=float, default=0.9, help="SGD momentum")
     group.add_argument("--weight-decay", type=float, default=0.05, help="weight decay")
-    group.add_argument("--clip-grad", type=float, default=None, help="largest gradient norm")
     group.add_argument(
-        "--accum-steps", type=int, default=1, help="batches whose gradients make one update"
+        "--clip-grad", type=float, default=None, help="largest gradient norm; default: no limit"
+    )
+    group.add_argument(
+        "--accum-steps",
+        "--grad-accum-steps",
+        type=int,
+        default=1,
+        help="batches whose gradients make one update",
     )
     group = parser.add_argument_group("learning rate")
-    group.add_argument("--sched", default="cosine", help="timm scheduler")
+    group.add_argument("--sched", default="cosine", help="scheduler, by timm's name")
     group.add_argument(
         "--lr", type=float, default=5e-4, help="learning rate for a total batch of 512 images"
     )
     add_switch(group, "--unscale-lr", default=False, help="use --lr whatever the total batch")
-    group.add_argument("--lr-noise", type=float, nargs="+", default=None, help="epochs, as share")
+    group.add_argument(
+        "--lr-noise", type=float, nargs="+", default=None, help="epochs with noise, as shares"
+    )
     group.add_argument("--lr-noise-pct", type=float, default=0.67, help="limit of the noise")
     group.add_argument("--lr-noise-std", type=float, default=1.0, help="deviation of the noise")
     group.add_argument("--warmup-lr", type=float, default=1e-6, help="first rate of the warm-up")
@@ -220,7 +239,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--amp", choices=AMP_CHOICES, default="off", help="autocast type")
     add_switch(group, "--compile", default=False, help="torch.compile the model")
     group = parser.add_argument_group("distillation")
-    group.add_argument("--distillation-type", choices=("none", "soft", "hard"), default="none")
+    group.add_argument(
+        "--distillation-type", choices=("none", "soft", "hard"), default="none",
+        help="pull the model to a teacher's distribution (soft) or decisions (hard)",
+    )  # fmt: skip
     group.add_argument("--teacher-model", default="regnety_160", help="timm model")
     group.add_argument("--teacher-path", default="", help="checkpoint of the teacher")
     group.add_argument("--distillation-alpha", type=float, default=0.5, help="weight, in [0, 1]")

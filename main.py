@@ -324,7 +324,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.eval:
             train_loader = build_train_loader(args, train_dataset, device)
             state = build_state(args, model.to(device), device)
-            state.epoch = args.start_epoch
+            if args.start_epoch > 0:
+                state.epoch = args.start_epoch
+                state.scheduler.step(args.start_epoch - 1)
             if source not in ("", typed.finetune):
                 resume(state, checkpoint, source)
     if args.eval:
