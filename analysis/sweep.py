@@ -258,12 +258,24 @@ def write_sweep(
     if comparisons:
         write_csv(folder / "comparisons.csv", comparisons)
     save_figure(plot_sweep(rows), folder / "sweep")
+    logger.info(sweep_table(rows))
+
+
+def sweep_table(rows: Sequence[dict]) -> str:
+    """The main columns of `summarize` as aligned text, one line a configuration."""
+    width = max(len("checkpoint"), *(len(row["checkpoint"]) for row in rows))
+    lines = [
+        f"{'checkpoint':<{width}}  {'method':<6}  {'keep':>4}  {'Acc@1':>7}  {'Acc@5':>7}  "
+        f"{'loss':>7}  {'GMACs':>8}  {'images/s':>8}  tokens after the stages"
+    ]
     for row in rows:
-        logger.info(
-            f"{row['checkpoint']}  {row['reduction']:>7}@{row['keep_rate']:<5g}  "
-            f"Acc@1 {row['acc1']:7.3f}  Acc@5 {row['acc5']:7.3f}  loss {row['loss']:.4f}  "
-            f"{row['gmacs']:.4f} GMACs"
+        speed = f"{row['images_per_second']:.1f}" if row["images_per_second"] else "-"
+        lines.append(
+            f"{row['checkpoint']:<{width}}  {row['reduction']:<6}  {row['keep_rate']:>4g}  "
+            f"{row['acc1']:>7.3f}  {row['acc5']:>7.3f}  {row['loss']:>7.4f}  {row['gmacs']:>8.4f}  "
+            f"{speed:>8}  {', '.join(map(str, row['tokens']))}"
         )
+    return "\n".join(lines)
 
 
 def log_comparisons(rows: Sequence[dict]) -> None:
