@@ -23,7 +23,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -73,18 +73,22 @@ def _hash(*fields: int) -> int:
 def _random_states(seed: int) -> Iterator[None]:
     """Seeds the three CPU generators for the body, then puts their states back.
 
-    CUDA's generators stay untouched (`torch.manual_seed` would seed them too).
+    A loader's worker has no states that anybody needs. CUDA's generators stay untouched
+    (`torch.manual_seed` would seed them too).
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = None
+    if get_worker_info() is None:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 class SampleDataset(Dataset):
@@ -92,8 +96,7 @@ class SampleDataset(Dataset):
 
     With a `SampleKey` the three CPU random generators are seeded from (seed, epoch, index,
     repetition) around the transform, so an image is the same with any number of workers, in any
-    order and after a resume. With a plain index, which is evaluation, nothing is random either: a
-    transform that draws numbers draws the same ones each time.
+    order and after a resume. A plain index is evaluation, whose transform draws nothing.
 
     Attributes:
         classes: class names; the target is an index into them.
@@ -159,6 +162,8 @@ class SampleDataset(Dataset):
             if not training:
                 return torch.zeros(3, *self.image_size), int(self.targets[key.index]), is_bad
             image, target = self._replacement(key, error)
+        if not training:
+            return self.transform(image), int(target), is_bad
         seed = _hash(self.seed, key.epoch, key.index, key.repetition)
         with _random_states(seed):
             return self.transform(image), int(target), is_bad

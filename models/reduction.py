@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from .budget import TokenBudget, token_budget
-from .grouping import density_peaks, gather_tokens, group_sums, match_pairs, merge_tokens
+from .grouping import (
+    density_peaks,
+    descending_rank,
+    gather_tokens,
+    group_sums,
+    match_pairs,
+    merge_tokens,
+)
 
 __all__ = [
     "MERGE_WEIGHTS",
@@ -96,13 +103,6 @@ def bat_assignment(
     return torch.empty_like(groups).scatter(1, order, groups)
 
 
-def importance_rank(importance: Tensor) -> Tensor:
-    """(B, N) int64 rank of each token, 0 = most important; equal values are ranked by index."""
-    order = importance_order(importance)
-    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter(1, order, position)
-
-
 def topk_assignment(x: Tensor, importance: Tensor, keep_rate: float) -> Tensor:
     """Pruning: the K most attended tokens stay, the rest are dropped.
 
@@ -117,7 +117,7 @@ def topk_assignment(x: Tensor, importance: Tensor, keep_rate: float) -> Tensor:
     kept = token_budget(x.shape[1], keep_rate).kept
     if kept >= x.shape[1]:
         return identity_assignment(x)
-    rank = importance_rank(importance)
+    rank = descending_rank(importance.detach())
     return rank.masked_fill(rank >= kept, -1)
 
 
@@ -135,7 +135,7 @@ def evit_assignment(x: Tensor, importance: Tensor, keep_rate: float) -> Tensor:
     kept = token_budget(x.shape[1], keep_rate).kept
     if kept >= x.shape[1]:
         return identity_assignment(x)
-    return importance_rank(importance).clamp(max=kept)
+    return descending_rank(importance.detach()).clamp(max=kept)
 
 
 def dpcknn_assignment(x: Tensor, keep_rate: float) -> Tensor:

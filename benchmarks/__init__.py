@@ -1,0 +1,1 @@
+"""What `benchmark.py` measures: one module per `--what`, and what they share."""
