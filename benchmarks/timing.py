@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-
 Run = Callable[[], object]
 MANY_GRAPHS = 256  # more than a benchmark ever compiles
 
