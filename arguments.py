@@ -4,6 +4,7 @@ Names and defaults are DeiT's and EViT's. Dashes and underscores are both accept
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,28 @@ from datasets import BAD_IMAGE_POLICIES, DATA_SETS
 from models.reduction import MERGE_WEIGHTS, REDUCTIONS
 from utils import InputError
 
+# Flags and the interval, ends included, that their values must be in.
+RANGES = {
+    "lr": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "warmup_lr": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "drop_path": (0, 0.999),
+    "smoothing": (0, 0.999),
+    "mixup": (0, math.inf),
+    "cutmix": (0, math.inf),
+    "mixup_prob": (0, 1),
+    "mixup_switch_prob": (0, 1),
+    "model_ema_decay": (0, 1),
+    "distillation_alpha": (0, 1),
+    "distillation_tau": (1e-9, math.inf),
+    "seed": (0, 2**63 - 1),
+    "num_workers": (0, math.inf),
+    "start_epoch": (0, math.inf),
+    "warmup_epochs": (0, math.inf),
+    "shrink_epochs": (0, math.inf),
+    "shrink_start_epoch": (0, math.inf),
+}
 AMP_CHOICES = ("off", "fp16", "bf16")
 REDUCTION_FLAGS = (
     "keep_rate",
@@ -66,6 +89,24 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+class _KeyValues(ParseKwargs):
+    """timm's KEY=VALUE pairs, of names that have no flag of their own."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        owners = {
+            "model_name": "--model",
+            "img_size": "--input-size",
+            "num_classes": "--nb-classes",
+        }
+        for word in values:
+            name, equals, _ = word.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes KEY=VALUE pairs, got '{word}'")
+            if name in owners:
+                parser.error(f"{option_string} {name}: use {owners[name]}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 class _Size(argparse.Action):
     """Stores one or two lengths as (height, width)."""
 
@@ -99,7 +140,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=_KeyValues,
         metavar="KEY=VALUE",
         help="more keywords of the model, e.g. embed_dim=192 depth=6 patch_size=4",
     )
@@ -323,6 +364,13 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(
                 f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
             )
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if not low <= value <= high or value == math.inf:
+            limits = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            parser.error(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    if args.cutmix_minmax and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
+        parser.error(f"--cutmix-minmax must be 0 <= MIN < MAX <= 1, got {args.cutmix_minmax}")
     if not 0 < args.eval_crop_ratio <= 1:
         parser.error(f"--eval-crop-ratio must be in (0, 1], got {args.eval_crop_ratio}")
     if args.distillation_type != "none" and not args.teacher_path:

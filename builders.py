@@ -6,6 +6,7 @@ import copy
 import timm
 import torch
 from timm.data import Mixup
+from timm.layers import to_2tuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
@@ -43,7 +44,7 @@ def with_stored_model(args: argparse.Namespace, stored: dict | None) -> argparse
     filled = dict(vars(args))
     filled["model"] = args.model or stored.pop("model_name", "bat_deit_small_patch16_224")
     stored.pop("model_name", None)
-    filled["input_size"] = args.input_size or tuple(stored.pop("img_size", (224, 224)))
+    filled["input_size"] = args.input_size or tuple(to_2tuple(stored.pop("img_size", 224)))
     filled["nb_classes"] = args.nb_classes or stored.pop("num_classes", None)
     for name in REDUCTION_FLAGS:
         value = stored.pop(name, None)
@@ -223,12 +224,20 @@ def _build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def build_state(
     args: argparse.Namespace, model: BATVisionTransformer, device: torch.device
 ) -> TrainState:
-    """Optimizer, scheduler, gradient scaler and moving average around a model on its device."""
+    """Optimizer, scheduler, gradient scaler and moving average around a model on its device.
+
+    Raises:
+        InputError: the optimizer or the scheduler is unknown, or a setting does not suit it.
+    """
     total_batch = args.batch_size * args.accum_steps * get_world_size()
     lr = args.lr if args.unscale_lr else args.lr * total_batch / REFERENCE_BATCH
     logger.info(f"total batch: {total_batch} images, peak learning rate: {lr:.6g}")
-    optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {"lr": lr}))
-    scheduler, _ = create_scheduler(args, optimizer)
+    try:
+        optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {"lr": lr}))
+        scheduler, _ = create_scheduler(args, optimizer)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as problem:
+        options = f"--opt {args.opt} --sched {args.sched}"
+        raise InputError(f"timm refuses {options}: {problem}") from problem
     ema = None
     if args.model_ema:
         ema_device = torch.device("cpu") if args.model_ema_force_cpu else None

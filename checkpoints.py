@@ -2,11 +2,15 @@
 
 import argparse
 import os
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -34,7 +38,7 @@ def save_atomically(state: dict, path: Path) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as problem:
         partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write checkpoint {path}: {problem}") from problem
+        raise OSError(f"cannot write checkpoint {path}: {_first_line(problem)}") from problem
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -63,15 +67,52 @@ def load_checkpoint(path: str | Path) -> dict:
                     path, map_location="cpu", check_hash=True, weights_only=True
                 )
             else:
+                _check_archive(path)
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as problem:
         raise InputError(f"no such checkpoint: {path}") from problem
+    except pickle.UnpicklingError as problem:  # its message advises to run what is stored
+        raise InputError(
+            f"checkpoint {path} cannot be read: it is damaged, or holds more than tensors and "
+            "plain values"
+        ) from problem
     except Exception as problem:  # damaged files fail in every way that a reader can
-        reason = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise InputError(f"checkpoint {path} cannot be read: {reason[0]}") from problem
+        reason = f"{type(problem).__name__}: {_first_line(problem)}"
+        raise InputError(f"checkpoint {path} cannot be read ({reason})") from problem
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         raise InputError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not weights")
+    if not isinstance(checkpoint.get("model_args") or {}, Mapping):
+        raise InputError(f"checkpoint {path}: its model_args are {checkpoint['model_args']!r:.80}")
     return checkpoint
+
+
+def _check_archive(path: str) -> None:
+    """Compares the checksums in a zip archive, which `torch.load` does not look at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"damaged: {damaged} does not match its checksum")
+
+
+def _first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints of an output folder from which a run can go on, newest first.
+
+    `Recorder.save` names them by age; the pending one was written whole but not yet renamed.
+    """
+    numbered = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint.*.pth")
+        if (match := re.fullmatch(r"checkpoint\.(\d+)\.pth", path.name))
+    }
+    newest = [folder / "checkpoint.pending.pth", folder / "checkpoint.pth"]
+    older = [numbered[index] for index in sorted(numbered)]
+    return [path for path in newest + older if path.is_file()]
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
@@ -83,19 +124,12 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     Returns:
         Its path and contents, or None; damaged ones are named in the log, passed over and kept.
     """
-    found = []
-    for path in sorted(folder.glob("checkpoint*.pth")):
+    for path in checkpoint_files(folder):
         try:
-            checkpoint = load_checkpoint(path)
+            return path, load_checkpoint(path)
         except InputError as problem:
             logger.info(f"passed over: {problem}")
-            continue
-        if "epoch" in checkpoint and "step" in checkpoint:
-            found.append(((checkpoint["epoch"], checkpoint["step"]), path, checkpoint))
-    if not found:
-        return None
-    _, path, checkpoint = max(found, key=lambda entry: entry[0])
-    return path, checkpoint
+    return None
 
 
 def model_weights(checkpoint: Mapping, *, ema: bool = False) -> dict[str, Tensor]:
@@ -152,7 +186,23 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(weights))
 
 
-def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
+def patch_grid(checkpoint: Mapping) -> tuple[int, int] | None:
+    """Rows and columns of patches of the model that wrote a checkpoint; None if it does not say."""
+    size = (checkpoint.get("model_args") or {}).get("img_size")
+    kernel = model_weights(checkpoint).get("patch_embed.proj.weight")
+    if size is None or kernel is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height // kernel.shape[2], width // kernel.shape[3]
+
+
+def load_pretrained(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    *,
+    grid_size: tuple[int, int] | None = None,
+) -> list[str]:
     """Starts a fine-tuning run from weights that need not fit in input size or class count.
 
     The position embedding is resampled to the model's input size (timm's bicubic), a head of
@@ -163,6 +213,7 @@ def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor], source: str
         model: changed in place.
         weights: tensors by parameter name.
         source: where they come from, for the message.
+        grid_size: rows and columns of patches that they were trained with; None: a square.
 
     Returns:
         What was not loaded, in words.
@@ -174,6 +225,13 @@ def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor], source: str
     if "dist_token" in weights and "dist_token" not in model.state_dict():
         embedding = weights["pos_embed"]  # class token, distillation token, patches
         weights["pos_embed"] = torch.cat([embedding[:, :1], embedding[:, 2:]], dim=1)
+    if grid_size not in (None, model.patch_embed.grid_size) and "pos_embed" in weights:
+        weights["pos_embed"] = resample_abs_pos_embed(
+            weights["pos_embed"],
+            new_size=list(model.patch_embed.grid_size),
+            old_size=list(grid_size),
+            num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
+        )
     weights = checkpoint_filter_fn(weights, model)
     own = model.state_dict()
     left_out = [f"{name} (not in the model)" for name in weights if name not in own]

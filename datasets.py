@@ -245,12 +245,14 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     ratio = 1.0 if is_small else args.eval_crop_ratio
     if not 0 < ratio <= 1:
         raise InputError(f"eval_crop_ratio is {ratio}, allowed: above 0, up to 1")
-    return transforms.Compose([
-        ResizeToCover((int(rows / ratio), int(cols / ratio))),
-        transforms.CenterCrop((rows, cols)),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    ])
+    return transforms.Compose(
+        [
+            ResizeToCover((int(rows / ratio), int(cols / ratio))),
+            transforms.CenterCrop((rows, cols)),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
 
 
 def _train_transform(image_size: tuple[int, int], args: Namespace) -> transforms.Compose:

@@ -132,9 +132,7 @@ def _object_mask(rng: np.random.Generator, name: str, size: int) -> Image.Image:
     return mask.reduce(SUPERSAMPLING)
 
 
-def _scene_colours(
-    rng: np.random.Generator, name: str, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _scene_colours(rng: np.random.Generator, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws a background and an object's vivid colour until the object stands out from it.
 
     Args:
@@ -256,7 +254,10 @@ def _draw_all(root: Path, settings: dict) -> None:
                 image.save(folder / f"{index:04d}.png")
     num_images, num_bytes = _image_bytes(root)
     manifest = {
-        "version": DEMO_VERSION, "settings": settings, "images": num_images, "bytes": num_bytes
+        "version": DEMO_VERSION,
+        "settings": settings,
+        "images": num_images,
+        "bytes": num_bytes,
     }
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

@@ -109,10 +109,11 @@ class TrainState:
         """Continues where `state_dict` was taken; the weights are loaded by the caller."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["lr_scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty when it was disabled
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.updates, self.best = state["updates"], dict(state["best"])
-        self.metrics = state["metrics"]
+        self.metrics = dict(state["metrics"])
 
 
 def shrunk_keep_rate(
@@ -192,13 +193,12 @@ def train_one_epoch(
     )
     state.optimizer.zero_grad()
     loss_sum = 0.0
+    _shrink(state, options, max(0, state.step - 1), num_steps)  # resumed: as the last step left it
     for images, targets, is_bad in progress:
         seed_everything(options.seed, get_rank(), state.epoch, state.step)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        if options.keep_rate_at:
-            within = state.step / num_steps if options.shrink_by_step else 0
-            set_keep_rate(state, options.keep_rate_at(state.epoch + within))
+        _shrink(state, options, state.step, num_steps)
         if mixup is not None:
             images, targets = mixup(images, targets)
 
@@ -213,9 +213,10 @@ def train_one_epoch(
         loss_sum += loss_value / get_world_size()
         _check_finite("loss", loss_sum, state, metrics)
         metrics.update(bad_images=num_bad)
-        state.step += 1
         if last:
             _update(state, metrics, options.clip_grad)
+        state.step += 1
+        if last:
             metrics.update(loss=loss_sum / options.accum_steps)
             metrics.update(lr=state.optimizer.param_groups[0]["lr"])
             loss_sum = 0.0
@@ -227,6 +228,13 @@ def train_one_epoch(
     averages = metrics.averages()
     averages["bad_images"] = metrics.meters["bad_images"].total
     return averages
+
+
+def _shrink(state: TrainState, options: TrainOptions, step: int, num_steps: int) -> None:
+    """Sets the keep rate of one of the epoch's steps, if there is a schedule."""
+    if options.keep_rate_at is not None:
+        within = step / num_steps if options.shrink_by_step else 0
+        set_keep_rate(state, options.keep_rate_at(state.epoch + within))
 
 
 def _new_metrics(saved: dict) -> MetricLogger:

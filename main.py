@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timm.data import Mixup
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -41,6 +42,7 @@ from checkpoints import (
     load_pretrained,
     load_weights,
     model_weights,
+    patch_grid,
 )
 from engine import (
     DivergenceError,
@@ -54,12 +56,13 @@ from engine import (
     train_one_epoch,
 )
 from models import BATVisionTransformer, count_gmacs, count_parameters, describe
-from recorder import CheckpointSchedule, Recorder, check_writable
+from recorder import CheckpointSchedule, Recorder, check_writable, restore
 from utils import (
     InputError,
     StopRequest,
     Survivors,
     barrier,
+    end_workers,
     get_rank,
     get_world_size,
     init_process,
@@ -103,7 +106,8 @@ def build_run_model(
     if args.target_gmacs is not None:
         apply_target_gmacs(model, args.target_gmacs, model_args)
     if source and source == args.finetune:
-        load_pretrained(model, model_weights(checkpoint), source)
+        grid_size = patch_grid(checkpoint)
+        load_pretrained(model, model_weights(checkpoint), source, grid_size=grid_size)
     elif source:
         load_weights(model, model_weights(checkpoint), source)
     return model
@@ -144,7 +148,8 @@ def run_training(
     val_loader: DataLoader,
     *,
     device: torch.device,
-    num_classes: int,
+    criterion: nn.Module,
+    mixup: Mixup | None,
     recorder: Recorder | None,
 ) -> None:
     """Trains from `state.epoch` to the last epoch.
@@ -154,8 +159,6 @@ def run_training(
         PreemptedError: a signal asked the run to stop; a checkpoint has been written.
     """
     options = train_options(args, state.model.keep_rates)
-    mixup = build_mixup(args, num_classes)
-    criterion = build_criterion(args, num_classes, device, soft_targets=mixup is not None)
     model = wrap_model(state.model, device, compiled=args.compile)
     stop_requested = StopRequest()
     schedule = CheckpointSchedule(args.checkpoint_interval)
@@ -303,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         if typed.describe:
             describe_only(typed, checkpoint)
             return 0
+        resumed = source not in ("", typed.finetune)
         # A fine-tuned model may have other classes than its source, a resumed one may not.
         stored = dict(checkpoint.get("model_args") or {})
         if typed.finetune and source == typed.finetune:
@@ -323,12 +327,15 @@ def main(argv: list[str] | None = None) -> int:
         val_loader = build_val_loader(args, val_dataset, device)
         if not args.eval:
             train_loader = build_train_loader(args, train_dataset, device)
+            mixup = build_mixup(args, num_classes)
+            criterion = build_criterion(args, num_classes, device, soft_targets=mixup is not None)
             state = build_state(args, model.to(device), device)
             if args.start_epoch > 0:
                 state.epoch = args.start_epoch
                 state.scheduler.step(args.start_epoch - 1)
-            if source not in ("", typed.finetune):
-                resume(state, checkpoint, source)
+            if resumed:
+                sizes = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
+                restore(state, checkpoint, source, **sizes)
     if args.eval:
         evaluation = partial(run_evaluation, args, model.to(device), val_loader, device)
         return exit_code(parser, evaluation)
@@ -338,7 +345,10 @@ def main(argv: list[str] | None = None) -> int:
         recorder = Recorder(
             folder, typed, model_args, val_dataset.classes, keep_checkpoints=args.keep_checkpoints
         )
-        recorder.start(state.epoch, {"gmacs": gmacs, "parameters": count_parameters(model)})
+        facts = {"gmacs": gmacs, "parameters": count_parameters(model)}
+        opening = partial(recorder.start, state.epoch, facts, resumed=resumed)
+        if code := exit_code(parser, opening):
+            return code
     training = partial(
         run_training,
         args,
@@ -346,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
         train_loader,
         val_loader,
         device=device,
-        num_classes=num_classes,
+        criterion=criterion,
+        mixup=mixup,
         recorder=recorder,
     )
     code = exit_code(parser, training)
@@ -377,23 +388,11 @@ def exit_code(parser: ArgumentParser, run: Callable[[], object]) -> int:
     return code
 
 
-def resume(state: TrainState, checkpoint: dict, source: str) -> None:
-    """Continues an interrupted run: everything but the weights, which the model has already.
-
-    Raises:
-        InputError: the checkpoint holds weights only.
-    """
-    if checkpoint.get("optimizer") is None or "updates" not in checkpoint:
-        raise InputError(f"{source} holds no training state: use --finetune, or add --eval")
-    state.load_state_dict(checkpoint)
-    if state.ema is not None and checkpoint.get("model_ema") is not None:
-        load_weights(state.ema.module, model_weights(checkpoint, ema=True), source)
-    set_keep_rate(state, state.model.keep_rates)
-    logger.info(f"resumed {source} at epoch {state.epoch}, step {state.step}")
-
-
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    finally:
+        end_workers()
     if dist.is_initialized() and code in (0, EXIT_PREEMPTED):
         dist.destroy_process_group()
     sys.exit(code)

@@ -7,6 +7,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,17 @@ import torch
 import torchvision
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoints import save_atomically
-from engine import TrainState
-from utils import InputError, all_reduce, git_hash, is_main_process, read_log
+from checkpoints import checkpoint_files, load_weights, model_weights, save_atomically
+from engine import TrainState, set_keep_rate
+from utils import (
+    InputError,
+    all_reduce,
+    get_world_size,
+    git_hash,
+    is_main_process,
+    logger,
+    read_log,
+)
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -70,34 +80,47 @@ class Recorder:
             "model_args": model_args,
             "classes": list(classes),
             "git_hash": git_hash(),
+            "world_size": get_world_size(),
         }
         self.log_path = folder / "log.txt"
         self.writer: SummaryWriter | None = None
 
-    def start(self, first_epoch: int, extra: dict) -> None:
+    def start(self, first_epoch: int, extra: dict, *, resumed: bool = False) -> None:
         """Opens the logs for epochs from `first_epoch` on, and notes the arguments.
 
         Args:
-            first_epoch: entries from this epoch on are dropped; 0 starts a new log and keeps an
-                earlier run's as log.previous.txt.
+            first_epoch: entries of log.txt from this epoch on are dropped.
             extra: more facts for args.json.
+            resumed: the run goes on from a checkpoint. A new one sets an earlier run's log and
+                checkpoints aside (previous.*), so that it is never resumed in their place.
+
+        Raises:
+            OSError: nothing can be written there.
         """
-        entries = read_log(self.log_path)
-        kept = [entry for entry in entries if entry["epoch"] < first_epoch]
-        if entries and first_epoch == 0:
-            self.log_path.replace(self.folder / "log.previous.txt")
-        if len(kept) != len(entries) or not entries:
+        facts = self.about | extra | {"versions": versions(), "started": _now()}
+        with _naming(self.folder):
+            if not resumed:
+                log = [self.log_path] if self.log_path.exists() else []
+                for path in [*checkpoint_files(self.folder), *log]:
+                    path.replace(self.folder / f"previous.{path.name}")
+            kept = [entry for entry in read_log(self.log_path) if entry["epoch"] < first_epoch]
+            # Always written anew: a crash may have cut off the last line.
             partial = self.log_path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
             partial.replace(self.log_path)
-        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=first_epoch)
-        facts = self.about | extra | {"versions": versions(), "started": _now()}
-        (self.folder / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
+            (self.folder / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
+            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=first_epoch)
 
     def log_epoch(self, entry: dict) -> None:
-        """Appends one epoch, which has a key "epoch", to log.txt and to TensorBoard."""
-        with open(self.log_path, "a") as file:
+        """Appends one epoch, which has a key "epoch", to log.txt and to TensorBoard.
+
+        Raises:
+            OSError: the disk is full or the folder is gone.
+        """
+        with _naming(self.log_path), open(self.log_path, "a") as file:
             file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the checkpoint that follows relies on it
         for name, value in entry.items():
             if name == "keep_rate":
                 for stage, rate in enumerate(value, 1):
@@ -127,9 +150,45 @@ class Recorder:
         save_atomically(kept | self.about, self.folder / "best.pth")
 
     def close(self) -> None:
-        """Closes the TensorBoard file."""
+        """Closes the TensorBoard file; `log_epoch` has written all that there is to write."""
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):
+                self.writer.close()
+
+
+def restore(
+    state: TrainState, checkpoint: Mapping, source: str, *, batch_size: int, accum_steps: int
+) -> None:
+    """Continues an interrupted run: everything but the weights, which the model has already.
+
+    Args:
+        state: changed in place.
+        checkpoint: as `Recorder.save` wrote it.
+        source: where it comes from, for the messages.
+        batch_size: images per process and step. Where it or the number of processes differs from
+            the interrupted run's, the epoch goes on after as many images, rounded down.
+        accum_steps: batches whose gradients make one update.
+
+    Raises:
+        InputError: the checkpoint holds weights only, or its training state makes no sense.
+    """
+    if checkpoint.get("optimizer") is None or "updates" not in checkpoint:
+        raise InputError(f"{source} holds no training state: use --finetune, or add --eval")
+    try:
+        state.load_state_dict(checkpoint)
+        world_size = checkpoint.get("world_size", get_world_size())
+        before = checkpoint["args"]["batch_size"] * world_size
+        step = state.step * before // (batch_size * get_world_size())
+        state.step = step // accum_steps * accum_steps
+        if state.epoch < 0 or state.step < 0:
+            raise ValueError(f"epoch {state.epoch}, step {state.step}")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise InputError(f"{source} holds a training state of another run: {reason}") from e
+    if state.ema is not None and checkpoint.get("model_ema") is not None:
+        load_weights(state.ema.module, model_weights(checkpoint, ema=True), source)
+    set_keep_rate(state, state.model.keep_rates)
+    logger.info(f"resumed {source} at epoch {state.epoch}, step {state.step}")
 
 
 class CheckpointSchedule:
@@ -183,6 +242,15 @@ def versions() -> dict[str, str]:
         "gpu": gpu,
         "threads": str(torch.get_num_threads()),
     }
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the path into an OSError: the system's text seldom has it."""
+    try:
+        yield
+    except OSError as problem:
+        raise OSError(f"cannot write {path}: {problem.strerror or problem}") from problem
 
 
 def _now() -> str:

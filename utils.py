@@ -3,11 +3,13 @@
 import datetime
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -72,8 +74,10 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError as problem:
-        raise InputError(f"unknown device '{device}'") from problem
+        if chosen.type not in ("cpu", "cuda"):
+            torch.empty(0, device=chosen)  # fails where there is none
+    except (NotImplementedError, RuntimeError) as problem:
+        raise InputError(f"unknown device '{device}', or there is none here") from problem
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"device '{device}' asked for, but no GPU is available")
@@ -85,6 +89,8 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store through all restarts, with the addresses of the dead in it.
+        store = dist.PrefixStore(f"attempt_{_restart_count(world_size)}", store)
         Survivors.store = store
         dist.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
@@ -96,6 +102,12 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
     return chosen
 
 
+def _restart_count(world_size: int) -> str:
+    """How often torchrun has restarted the processes; on several nodes each has its own count."""
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+
+
 class Survivors:
     """Finds out which ranks are gone once a collective has failed."""
 
@@ -105,14 +117,22 @@ class Survivors:
     def lost_ranks(cls) -> list[int]:
         """Ranks that give no sign of life within a few seconds; called by every survivor.
 
-        The store lives in rank 0 or in the launcher; when it is gone, so is rank 0.
+        The store lives in rank 0 or in the launcher; when it is gone or does not answer, so is
+        rank 0. It may then keep whoever asks waiting for ever, hence the thread.
         """
-        key = f"survivor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        found: list[list[int]] = []
+        thread = threading.Thread(target=lambda: found.append(cls._ask()), daemon=True)
+        thread.start()
+        thread.join(2 * LOST_RANK_WAIT)
+        return found[0] if found else [0]
+
+    @classmethod
+    def _ask(cls) -> list[int]:
         try:
-            cls.store.set(f"{key}/{get_rank()}", "here")
+            cls.store.set(f"survivor/{get_rank()}", "here")
             time.sleep(LOST_RANK_WAIT)
             ranks = range(get_world_size())
-            return [rank for rank in ranks if not cls.store.check([f"{key}/{rank}"])]
+            return [rank for rank in ranks if not cls.store.check([f"survivor/{rank}"])]
         except RuntimeError:
             return [0]
 
@@ -138,6 +158,16 @@ def ignore_stop_signals(worker: int) -> None:
     """For loader workers: a signal to the whole process group must not break the last step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Ends loader workers that an exception has left behind.
+
+    At its end Python sends them the SIGTERM that they ignore, and then waits for them.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def seed_everything(*fields: int) -> None:

@@ -62,7 +62,9 @@ launch() {
         exec torchrun --standalone --nproc-per-node "$GPUS" main.py "$@"
     fi
     local head
-    head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first of many
+    # A store of its own for every restart: see https://github.com/pytorch/pytorch/issues/135712
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     exec srun torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-id "$SLURM_JOB_ID" \
         --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" main.py "$@"
 }

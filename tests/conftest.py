@@ -4,13 +4,16 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small work, shared cores
 
-import logging
+import contextlib
+import io
 import random
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +24,8 @@ from torch import nn
 
 import main
 import models  # noqa: F401 (registers the models)
+from utils import STOP_SIGNALS
+from utils import logger as LOGGER
 
 torch.set_num_threads(1)
 
@@ -59,16 +64,21 @@ RunMain = Callable[..., Result]
 def keep_global_state() -> Iterator[None]:
     """Puts back what running the program in this process changes."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    log_settings = LOGGER.level, LOGGER.propagate
     yield
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     _drop_log_handlers()
+    LOGGER.level, LOGGER.propagate = log_settings
 
 
 def _drop_log_handlers() -> None:
     """The handler holds on to the standard output of its test."""
-    logging.getLogger("bat").handlers.clear()
+    LOGGER.handlers.clear()
 
 
 def build_tiny(**changes: object) -> nn.Module:
@@ -131,6 +141,28 @@ def run_main() -> RunMain:
     return run_process
 
 
+class Run(NamedTuple):
+    """A finished training run: its output folder, its flags, and what it printed."""
+
+    folder: Path
+    flags: list[str]
+    output: str
+
+
+@pytest.fixture(scope="session")
+def trained(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four epochs of the small model at keep rates 0.6 and 0.8, with a moving average."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [
+        *TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--data-path", str(data_path), "--epochs", "4",
+        "--batch-size", "16", "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1",
+        "--model-ema-decay", "0.9", "--keep-rate", "0.6", "0.8", "--seed", "3",
+    ]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main_in_process([*flags, "--output-dir", folder]) == 0
+    return Run(folder, flags, output.getvalue())
+
+
 @pytest.fixture
 def call_main(capsys: pytest.CaptureFixture) -> RunMain:
     """`call_main(*flags)` runs main.main in this process, with what a process would print."""
@@ -144,7 +176,7 @@ def call_main(capsys: pytest.CaptureFixture) -> RunMain:
     return call
 
 
-def main_in_process(flags: tuple[object, ...]) -> int:
+def main_in_process(flags: Iterable[object]) -> int:
     """Exit code of main.main; its warnings go to standard error as they would in a process."""
     _drop_log_handlers()  # the next one made takes today's standard output
     with warnings.catch_warnings():

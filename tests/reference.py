@@ -8,6 +8,7 @@ Double precision and float32 may order two different vectors differently when th
 is near float32 rounding. Each decision therefore notes its gap in a `Margin`, and `draw_images`
 keeps only images whose every decision is clear (or is an exact tie that the tie rule settles).
 """
+
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -98,7 +99,8 @@ def peak_scores(
     scores, scales = [], []
     for i in range(count):
         denser = [
-            squared[i][j] for j in range(count)
+            squared[i][j]
+            for j in range(count)
             if log_rho[j] > log_rho[i] or (log_rho[j] == log_rho[i] and j < i)
         ]
         delta_squared = min(denser) if denser else largest
@@ -161,9 +163,7 @@ def cosine(first: Token, second: Token) -> float:
     return min(product / norms, MAX_SIMILARITY) if norms > 0 else 0.0
 
 
-def find_mates(
-    tokens: list[Token], num_pairs: int, margin: Margin | None = None
-) -> dict[int, int]:
+def find_mates(tokens: list[Token], num_pairs: int, margin: Margin | None = None) -> dict[int, int]:
     """The sources that are merged, each with its target: positions even -> odd."""
     if num_pairs == 0:
         return {}
@@ -314,7 +314,11 @@ def draw_tokens(kind: str, count: int, dim: int, generator: torch.Generator) -> 
         centre = 4 * torch.randn(4, dim, generator=generator)
         return centre[torch.randint(4, (count,), generator=generator)] + normal
     scale, offset = {
-        "normal": (1, 0), "tight": (1e-3, 0), "wide": (50, 0), "shifted": (1, 2), "far": (1, 300),
+        "normal": (1, 0),
+        "tight": (1e-3, 0),
+        "wide": (50, 0),
+        "shifted": (1, 2),
+        "far": (1, 300),
     }[kind]
     return normal * scale + offset
 
@@ -380,7 +384,9 @@ def merge_images(
 def lone_tokens(assignment: Tensor) -> list[tuple[int, int, int]]:
     """(image, token, group) of every token alone in its group."""
     return [
-        (b, n, group) for b, row in enumerate(assignment.tolist()) for n, group in enumerate(row)
+        (b, n, group)
+        for b, row in enumerate(assignment.tolist())
+        for n, group in enumerate(row)
         if group >= 0 and row.count(group) == 1
     ]
 

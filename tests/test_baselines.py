@@ -1,4 +1,5 @@
 """The baselines against slow loops, and what every method promises of a whole stage."""
+
 import itertools
 import math
 
@@ -36,8 +37,15 @@ METHODS = ("none", "topk", "evit", "dpcknn", "tome", "random", "bat")
 def stage_inputs(x: Tensor, importance: Tensor, keep_rate: float = 0.5, **changes) -> StageInputs:
     """Inputs of the first stage, one patch a token, with the default ratios."""
     inputs = StageInputs(
-        x=x, importance=importance, sizes=torch.ones(x.shape[:2]), keep_rate=keep_rate,
-        cluster_ratio=0.4, match_ratio=0.1, merge_weights="importance", stage=0, seed=0,
+        x=x,
+        importance=importance,
+        sizes=torch.ones(x.shape[:2]),
+        keep_rate=keep_rate,
+        cluster_ratio=0.4,
+        match_ratio=0.1,
+        merge_weights="importance",
+        stage=0,
+        seed=0,
     )
     return inputs._replace(**changes)
 
@@ -76,9 +84,18 @@ def same_groups(assignment: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", ["normal", "blobs", "far", "duplicates", "few", "equal", "zero"])
-@pytest.mark.parametrize("num_tokens, keep_rate", [
-    (1, 0.5), (2, 0.5), (3, 0.5), (12, 0.1), (25, 0.4), (25, 0.9), (9, 1.0),
-])
+@pytest.mark.parametrize(
+    "num_tokens, keep_rate",
+    [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.5),
+        (12, 0.1),
+        (25, 0.4),
+        (25, 0.9),
+        (9, 1.0),
+    ],
+)
 def test_dpcknn(tokens, num_tokens, keep_rate):
     (x, importance), expected = draw_stage(
         "dpcknn", 3, num_tokens, 8, tokens, "distinct", keep_rate
@@ -93,8 +110,9 @@ def test_dpcknn(tokens, num_tokens, keep_rate):
     assert torch.equal(reduced.assignment, expected)
     plain_mean = merge_images(x, torch.ones(3, num_tokens), expected, kept)
     torch.testing.assert_close(reduced.tokens, plain_mean, rtol=1e-5, atol=1e-4)
-    assert torch.equal(reduced.sizes, torch.zeros(3, kept).scatter_add(
-        1, expected, torch.ones(3, num_tokens)))
+    assert torch.equal(
+        reduced.sizes, torch.zeros(3, kept).scatter_add(1, expected, torch.ones(3, num_tokens))
+    )
 
 
 # ToMe
@@ -128,14 +146,26 @@ def test_tome_step_groups_like_bipartite_soft_matching(num_tokens, keep_rate):
 
 
 @pytest.mark.parametrize("tokens", ["normal", "shifted", "blobs", "equal", "zero"])
-@pytest.mark.parametrize("num_tokens, keep_rate", [
-    (1, 0.5), (2, 0.5), (3, 0.3), (12, 0.1), (24, 0.5), (25, 0.9), (25, 0.3), (40, 0.01), (9, 1.0),
-])
+@pytest.mark.parametrize(
+    "num_tokens, keep_rate",
+    [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.3),
+        (12, 0.1),
+        (24, 0.5),
+        (25, 0.9),
+        (25, 0.3),
+        (40, 0.01),
+        (9, 1.0),
+    ],
+)
 def test_tome_over_any_number_of_steps(tokens, num_tokens, keep_rate):
     generator = torch.Generator().manual_seed(5)
     sizes = torch.randint(1, 9, (num_tokens,), generator=generator).float()
     (x,), expected = draw_images(
-        3, lambda generator: (draw_tokens(tokens, num_tokens, 10, generator),),
+        3,
+        lambda generator: (draw_tokens(tokens, num_tokens, 10, generator),),
         lambda image, margin: reference.tome(image, sizes.tolist(), keep_rate, margin),
     )
     sizes = sizes.expand(3, -1)
@@ -151,7 +181,8 @@ def test_tome_over_any_number_of_steps(tokens, num_tokens, keep_rate):
 
 def test_tome_carries_sizes_to_the_next_stage():
     (x,), _ = draw_images(
-        2, lambda generator: (draw_tokens("shifted", 28, 10, generator),),
+        2,
+        lambda generator: (draw_tokens("shifted", 28, 10, generator),),
         lambda image, margin: reference.tome(image, [1.0] * 28, 0.15, margin),
     )
     first = reduce_tokens(stage_inputs(x, x[..., 0], 0.5), "tome")
@@ -196,7 +227,8 @@ def test_random_differs_between_seeds_and_stages():
     x = torch.zeros(1, 60, 2)
     kept = {
         tuple((random_assignment(x, 0.5, stage=stage, seed=seed)[0] >= 0).tolist())
-        for stage in range(6) for seed in range(10)
+        for stage in range(6)
+        for seed in range(10)
     }
     assert len(kept) == 60  # no (seed, stage) repeats another, nor swaps with it
 
@@ -222,15 +254,21 @@ def evit_stage(tokens, attention, keep_rate):
         return tokens
     by_attention = sorted(range(len(tokens)), key=lambda n: attention[n], reverse=True)
     fused = [
-        sum(attention[n] * tokens[n][d] for n in by_attention[left:])
-        for d in range(len(tokens[0]))
+        sum(attention[n] * tokens[n][d] for n in by_attention[left:]) for d in range(len(tokens[0]))
     ]
     return [tokens[n] for n in by_attention[:left]] + [fused]
 
 
-@pytest.mark.parametrize("num_tokens, keep_rate, num_outputs", [
-    (40, 0.7, (29, 22)), (24, 0.5, (13, 8)), (9, 0.3, (4, 3)), (6, 0.8, (6, 6)), (3, 0.01, (2, 2)),
-])
+@pytest.mark.parametrize(
+    "num_tokens, keep_rate, num_outputs",
+    [
+        (40, 0.7, (29, 22)),
+        (24, 0.5, (13, 8)),
+        (9, 0.3, (4, 3)),
+        (6, 0.8, (6, 6)),
+        (3, 0.01, (2, 2)),
+    ],
+)
 def test_evit_over_two_stages(num_tokens, keep_rate, num_outputs):
     generator = torch.Generator().manual_seed(num_tokens)
     x = torch.randn(3, num_tokens, 6, generator=generator)
@@ -278,8 +316,15 @@ def test_registry_names_and_trailing_clusters():
     assert set(REDUCTIONS) == set(METHODS)
     budget = token_budget(196, 0.7)
     counts = {name: REDUCTIONS[name].num_clusters(budget) for name in METHODS}
-    assert counts == {"none": 0, "topk": 0, "evit": 1, "dpcknn": 138, "tome": 0, "random": 0,
-                      "bat": 55}
+    assert counts == {
+        "none": 0,
+        "topk": 0,
+        "evit": 1,
+        "dpcknn": 138,
+        "tome": 0,
+        "random": 0,
+        "bat": 55,
+    }
 
 
 @pytest.mark.parametrize("tokens_kind", ["normal", "duplicates"])

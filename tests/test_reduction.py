@@ -1,4 +1,5 @@
 """Budgets, assignments and merging against slow loops, on random and on adversarial tokens."""
+
 import math
 
 import pytest
@@ -31,14 +32,17 @@ RATIOS = (0.0, 0.1, 0.4, 0.5, 0.9, 1.0)
 # Budgets
 
 
-@pytest.mark.parametrize("keep_rate, stages", [
-    (0.7, [(138, 91, 8, 55), (97, 64, 6, 39), (68, 45, 4, 27)]),
-    (0.6, [(118, 78, 7, 47), (71, 47, 4, 28), (43, 29, 3, 17)]),
-    (0.5, [(98, 65, 6, 39), (49, 32, 3, 20), (25, 17, 2, 10)]),
-    (0.4, [(79, 52, 5, 32), (32, 21, 2, 13), (13, 9, 1, 5)]),
-    (0.3, [(59, 39, 4, 24), (18, 12, 1, 7), (6, 4, 0, 2)]),
-    (0.2, [(40, 26, 2, 16), (8, 6, 1, 3), (2, 1, 0, 1)]),
-])
+@pytest.mark.parametrize(
+    "keep_rate, stages",
+    [
+        (0.7, [(138, 91, 8, 55), (97, 64, 6, 39), (68, 45, 4, 27)]),
+        (0.6, [(118, 78, 7, 47), (71, 47, 4, 28), (43, 29, 3, 17)]),
+        (0.5, [(98, 65, 6, 39), (49, 32, 3, 20), (25, 17, 2, 10)]),
+        (0.4, [(79, 52, 5, 32), (32, 21, 2, 13), (13, 9, 1, 5)]),
+        (0.3, [(59, 39, 4, 24), (18, 12, 1, 7), (6, 4, 0, 2)]),
+        (0.2, [(40, 26, 2, 16), (8, 6, 1, 3), (2, 1, 0, 1)]),
+    ],
+)
 def test_budget_of_published_keep_rates(keep_rate, stages):
     num_tokens = 196
     for kept, attentive, pairs, clusters in stages:
@@ -78,15 +82,23 @@ def test_identity_and_single_token_budgets():
     assert token_budget(196, 0.001, 0.0) == (1, 0, 0, 1, 195)
 
 
-@pytest.mark.parametrize("name, arguments", [
-    ("num_tokens", (0, 0.5)), ("num_tokens", (-3, 0.5)),
-    ("keep_rate", (196, 0.0)), ("keep_rate", (196, -0.25)),
-    ("keep_rate", (196, 1.25)), ("keep_rate", (196, math.nan)),
-    ("cluster_ratio", (196, 0.5, -0.25)), ("cluster_ratio", (196, 0.5, 1.25)),
-    ("cluster_ratio", (196, 0.5, math.nan)),
-    ("match_ratio", (196, 0.5, 0.4, -0.25)), ("match_ratio", (196, 0.5, 0.4, 1.25)),
-    ("match_ratio", (196, 1.0, 0.4, math.nan)),
-])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("num_tokens", (0, 0.5)),
+        ("num_tokens", (-3, 0.5)),
+        ("keep_rate", (196, 0.0)),
+        ("keep_rate", (196, -0.25)),
+        ("keep_rate", (196, 1.25)),
+        ("keep_rate", (196, math.nan)),
+        ("cluster_ratio", (196, 0.5, -0.25)),
+        ("cluster_ratio", (196, 0.5, 1.25)),
+        ("cluster_ratio", (196, 0.5, math.nan)),
+        ("match_ratio", (196, 0.5, 0.4, -0.25)),
+        ("match_ratio", (196, 0.5, 0.4, 1.25)),
+        ("match_ratio", (196, 1.0, 0.4, math.nan)),
+    ],
+)
 def test_budget_refuses_bad_arguments(name, arguments):
     names = ("num_tokens", "keep_rate", "cluster_ratio", "match_ratio")
     with pytest.raises(ValueError, match=name) as error:
@@ -97,15 +109,37 @@ def test_budget_refuses_bad_arguments(name, arguments):
 # Clusters
 
 
-@pytest.mark.parametrize("kind", [
-    "normal", "blobs", "tight", "wide", "far", "duplicates", "few", "equal", "zero",
-])
-@pytest.mark.parametrize("count, dim, num_clusters", [
-    (1, 4, 1), (2, 4, 1), (2, 4, 2), (3, 16, 2), (4, 3, 4), (6, 5, 3), (17, 7, 6), (40, 16, 12),
-])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "normal",
+        "blobs",
+        "tight",
+        "wide",
+        "far",
+        "duplicates",
+        "few",
+        "equal",
+        "zero",
+    ],
+)
+@pytest.mark.parametrize(
+    "count, dim, num_clusters",
+    [
+        (1, 4, 1),
+        (2, 4, 1),
+        (2, 4, 2),
+        (3, 16, 2),
+        (4, 3, 4),
+        (6, 5, 3),
+        (17, 7, 6),
+        (40, 16, 12),
+    ],
+)
 def test_density_peaks(kind, count, dim, num_clusters):
     (x,), expected = draw_images(
-        3, lambda generator: (draw_tokens(kind, count, dim, generator),),
+        3,
+        lambda generator: (draw_tokens(kind, count, dim, generator),),
         lambda tokens, margin: reference.density_peaks(tokens, num_clusters, margin=margin),
     )
     clusters = density_peaks(x, num_clusters)
@@ -116,7 +150,8 @@ def test_density_peaks(kind, count, dim, num_clusters):
 @pytest.mark.parametrize("k, dim", [(1, 8), (3, 8), (7, 8), (50, 8), (5, 1)])
 def test_density_peaks_with_other_neighbours_and_one_channel(k, dim):
     (x,), expected = draw_images(
-        2, lambda generator: (draw_tokens("blobs", 20, dim, generator),),
+        2,
+        lambda generator: (draw_tokens("blobs", 20, dim, generator),),
         lambda tokens, margin: reference.density_peaks(tokens, 6, k, margin),
     )
     assert torch.equal(density_peaks(x, 6, k), expected)
@@ -124,7 +159,8 @@ def test_density_peaks_with_other_neighbours_and_one_channel(k, dim):
 
 def test_density_peaks_of_a_whole_image():
     (x,), expected = draw_images(
-        1, lambda generator: (draw_tokens("normal", 131, 24, generator),),
+        1,
+        lambda generator: (draw_tokens("normal", 131, 24, generator),),
         lambda tokens, margin: reference.density_peaks(tokens, 39, margin=margin),
     )
     assert torch.equal(density_peaks(x, 39), expected)
@@ -168,13 +204,15 @@ def test_copies_tie_exactly_at_every_size(dim):
     for count in range(2, 25):
         num_clusters, num_pairs = max(1, 2 * count // 3), count // 3
         (x,), clusters = draw_images(
-            2, lambda generator, n=count: (draw_tokens("duplicates", n, dim, generator),),
+            2,
+            lambda generator, n=count: (draw_tokens("duplicates", n, dim, generator),),
             lambda tokens, margin, c=num_clusters: reference.density_peaks(tokens, c, 5, margin),
         )
         assert torch.equal(density_peaks(x, num_clusters), clusters)
         assert torch.equal(density_peaks(x[1:], num_clusters), clusters[1:])
         (x,), groups = draw_images(
-            2, lambda generator, n=count: (draw_tokens("duplicates", n, dim, generator),),
+            2,
+            lambda generator, n=count: (draw_tokens("duplicates", n, dim, generator),),
             lambda tokens, margin, p=num_pairs: reference.match_pairs(tokens, p, margin),
         )
         assert torch.equal(match_pairs(x, num_pairs), groups)
@@ -189,15 +227,36 @@ def test_num_clusters_beyond_the_tokens_is_refused():
 # Pairs
 
 
-@pytest.mark.parametrize("kind", [
-    "normal", "blobs", "shifted", "duplicates", "few", "equal", "zero",
-])
-@pytest.mark.parametrize("count, num_pairs", [
-    (1, 0), (2, 0), (2, 1), (3, 1), (4, 2), (5, 1), (9, 4), (16, 8), (31, 6),
-])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "normal",
+        "blobs",
+        "shifted",
+        "duplicates",
+        "few",
+        "equal",
+        "zero",
+    ],
+)
+@pytest.mark.parametrize(
+    "count, num_pairs",
+    [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (5, 1),
+        (9, 4),
+        (16, 8),
+        (31, 6),
+    ],
+)
 def test_match_pairs(kind, count, num_pairs):
     (x,), expected = draw_images(
-        3, lambda generator: (draw_tokens(kind, count, 6, generator),),
+        3,
+        lambda generator: (draw_tokens(kind, count, 6, generator),),
         lambda tokens, margin: reference.match_pairs(tokens, num_pairs, margin),
     )
     groups = match_pairs(x, num_pairs)
@@ -284,7 +343,6 @@ def test_topk_and_evit_assignments(num_tokens, importance_kind):
         assignment = evit_assignment(x, importance, keep_rate)
         assert_complete(assignment, (3, num_tokens), kept + (kept < num_tokens))
         assert assignment.tolist() == [reference.evit(v, keep_rate) for v in importance.tolist()]
-
 
 
 # Merging

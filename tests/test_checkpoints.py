@@ -1,0 +1,254 @@
+"""Reading and writing checkpoints: this project's, DeiT's and EViT's, whole or not at all."""
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import RUN_FLAGS, TINY, TINY_FLAGS, Run, RunMain, build_tiny, randomise
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    model_from_checkpoint,
+    model_weights,
+    save_atomically,
+)
+from utils import InputError
+
+
+def draw_images(size: int = 32) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def save_as_deit(model, path: Path, **more: object) -> Path:
+    """As DeiT's and EViT's main.py write it: the arguments are an argparse.Namespace."""
+    args = argparse.Namespace(model="deit_tiny_patch16_224", lr=5e-4, drop_loc="(3, 6, 9)")
+    contents = {
+        "model": model.state_dict(),
+        "optimizer": {"state": {}, "param_groups": []},
+        "lr_scheduler": {"step_size": 1},
+        "epoch": 299,
+        "model_ema": model.state_dict(),
+        "scaler": {},
+        "args": args,
+    }
+    torch.save(contents | more, path)
+    return path
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def test_deits_checkpoints_evaluate(call_main: RunMain, data_path: Path, tmp_path: Path) -> None:
+    path = save_as_deit(build_tiny(), tmp_path / "deit.pth")
+    assert load_checkpoint(path)["args"].drop_loc == "(3, 6, 9)"
+    for reduction in ("evit", "none"):
+        done = call_main(
+            *TINY_FLAGS, *RUN_FLAGS, "--data-path", data_path, "--eval", "--resume", path,
+            "--reduction", reduction,
+        )  # fmt: skip
+        assert done.returncode == 0 and "on 24 images" in done.stdout
+
+
+def deit_tiny(**changes: object):
+    """timm's own DeiT with the small model's sizes."""
+    keywords = {name: value for name, value in TINY.items() if name != "reduction_loc"}
+    return randomise(
+        timm.create_model(**{"model_name": "deit_tiny_patch16_224"}, **keywords | changes)
+    )
+
+
+def test_deits_checkpoint_finetunes(call_main: RunMain, data_path: Path, tmp_path: Path) -> None:
+    path = save_as_deit(deit_tiny(num_classes=9), tmp_path / "deit.pth")
+    done = call_main(
+        *TINY_FLAGS, *RUN_FLAGS, "--data-path", data_path, "--finetune", path, "--epochs", "1",
+        "--batch-size", "32", "--output-dir", tmp_path / "out", "--mixup", "0", "--cutmix", "0",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "not loaded from" in done.stdout and "head.weight (shape (9, 32)" in done.stdout
+    assert load_checkpoint(tmp_path / "out" / "best.pth")["model_args"]["num_classes"] == 4
+
+
+@pytest.mark.parametrize("layout", ["bare", "model", "state_dict", "module."])
+def test_layouts_of_weights(layout: str, tmp_path: Path) -> None:
+    weights = build_tiny().state_dict()
+    contents = {
+        "bare": weights,
+        "model": {"model": weights},
+        "state_dict": {"state_dict": weights, "epoch": 3},
+        "module.": {"model": {f"module.{name}": value for name, value in weights.items()}},
+    }[layout]
+    torch.save(contents, tmp_path / "weights.pth")
+    read = model_weights(load_checkpoint(tmp_path / "weights.pth"))
+    assert list(read) == list(weights)
+    assert all(torch.equal(read[name], value) for name, value in weights.items())
+
+
+def test_moving_average_is_asked_for_by_name(tmp_path: Path) -> None:
+    weights, average = build_tiny().state_dict(), {"a": torch.ones(1)}
+    checkpoint = {"model": weights, "model_ema": average}
+    assert model_weights(checkpoint, ema=True)["a"] == 1
+    for without in ({"model": weights}, {"model": weights, "model_ema": None}):
+        with pytest.raises(InputError, match="model_ema"):
+            model_weights(without, ema=True)
+
+
+def test_damage_within_the_file_is_found(tmp_path: Path) -> None:
+    """One flipped bit in the middle of the weights."""
+    path = save_as_deit(build_tiny(), tmp_path / "flipped.pth")
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(InputError, match=r"flipped\.pth"):
+        load_checkpoint(path)
+
+
+def test_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    torch.save({"model": {}, "epoch": 3, "step": 0}, tmp_path / "checkpoint.1.pth")
+    torch.save({"model": {}, "epoch": 4, "step": 0}, tmp_path / "checkpoint.pth")
+    torch.save({"model": {}, "epoch": 9, "step": 0}, tmp_path / "best.pth")
+    path, contents = latest_checkpoint(tmp_path)
+    assert path.name == "checkpoint.pth" and contents["epoch"] == 4
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    found, contents = latest_checkpoint(tmp_path)
+    assert found.name == "checkpoint.1.pth" and contents["epoch"] == 3
+    assert path.read_bytes() == whole[: len(whole) // 2], "the damaged one is kept"
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint(
+    call_main: RunMain, trained: Run, tmp_path: Path
+) -> None:
+    """Nothing else is there, so the run starts over, and says why."""
+    whole = (trained.folder / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth").write_bytes(whole[:-200])
+    flags = [flag if flag != "4" else "1" for flag in trained.flags]  # --epochs
+    done = call_main(*flags, "--output-dir", tmp_path, "--resume", "auto")
+    assert done.returncode == 0
+    assert "passed over" in done.stdout and str(tmp_path / "checkpoint.pth") in done.stdout
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+def test_interrupted_writing_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pth"
+    save_atomically({"epoch": 1}, path)
+    before = path.read_bytes()
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full_disk)
+            with pytest.raises(OSError, match=r"cannot write checkpoint .*No space left"):
+                save_atomically({"epoch": 2}, path)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["checkpoint.pth"], "no part of the new one stays"
+    save_atomically({"epoch": 2}, path)
+    assert load_checkpoint(path) == {"epoch": 2}
+
+
+# Into models ------------------------------------------------------------------------------------
+
+
+def test_model_from_checkpoint(trained: Run) -> None:
+    checkpoint = load_checkpoint(trained.folder / "best.pth")
+    images = draw_images()
+    with torch.no_grad():
+        model = model_from_checkpoint(checkpoint).eval()
+        average = model_from_checkpoint(checkpoint, ema=True).eval()
+        changed = model_from_checkpoint(checkpoint, keep_rate=0.3, reduction="topk").eval()
+        assert model.keep_rates == (0.6, 0.8) and model.reduction == "bat"
+        assert changed.keep_rates == (0.3, 0.3) and changed.reduction == "topk"
+        assert not torch.allclose(model(images), average(images), atol=1e-5)
+        for built, key in ((model, "model"), (average, "model_ema"), (changed, "model")):
+            for name, value in built.state_dict().items():
+                assert torch.equal(value, checkpoint[key][name])
+    with pytest.raises(InputError, match="model_args"):
+        model_from_checkpoint({"model": {}})
+    with pytest.raises(ValueError, match="keep_rate"):
+        model_from_checkpoint(checkpoint, keep_rate=2.0)
+
+
+def test_load_weights_names_keys_and_shapes() -> None:
+    model = build_tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = build_tiny(num_classes=9).state_dict()
+    weights["surplus"] = weights.pop("norm.weight")
+    with pytest.raises(InputError) as error:
+        load_weights(model, weights, "there.pth")
+    text = str(error.value)
+    assert text.startswith("there.pth is for another model") and "\n" not in text
+    for part in (
+        "missing: norm.weight",
+        "unexpected: surplus",
+        "head.weight (9, 32) instead of (4, 32)",
+    ):
+        assert part in text
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_pretrained_weights_of_another_size_and_class_count() -> None:
+    dense = deit_tiny(img_size=48, num_classes=9)
+    model = build_tiny(img_size=(32, 64))
+    head = model.head.weight.detach().clone()
+    left_out = load_pretrained(model, dense.state_dict(), "deit.pth")
+    assert len(left_out) == 2 and all(text.startswith("head.") for text in left_out)
+    assert torch.equal(model.head.weight, head)
+    expected = resample_abs_pos_embed(dense.pos_embed, new_size=(4, 8), old_size=(6, 6))
+    torch.testing.assert_close(model.pos_embed, expected, rtol=0, atol=1e-6)
+    assert torch.equal(model.blocks[2].mlp.fc1.weight, dense.blocks[2].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("size", [(48, 32), (64, 16)], ids=["other count", "same count"])
+def test_finetuning_from_an_input_that_is_not_square(
+    call_main: RunMain, data_path: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """The checkpoint says what its grid was; the number of patches alone does not."""
+    source = build_tiny(img_size=size)
+    model_args = {"model_name": "bat_deit_tiny_patch16_224", **TINY, "img_size": size}
+    torch.save({"model": source.state_dict(), "model_args": model_args}, tmp_path / "flat.pth")
+    done = call_main(
+        "--finetune", tmp_path / "flat.pth", "--input-size", "32", *RUN_FLAGS, "--epochs", "1",
+        "--data-path", data_path, "--batch-size", "32", "--lr", "0", "--min-lr", "0",
+        "--warmup-epochs", "0", "--weight-decay", "0", "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    grid = (size[0] // 8, size[1] // 8)
+    expected = resample_abs_pos_embed(source.pos_embed, new_size=(4, 4), old_size=grid)
+    found = load_checkpoint(tmp_path / "out" / "checkpoint.pth")["model"]["pos_embed"]
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-6)
+
+
+def test_pretrained_distilled_deit_loses_its_second_token() -> None:
+    keywords = {name: value for name, value in TINY.items() if name != "reduction_loc"}
+    distilled = randomise(timm.create_model("deit_tiny_distilled_patch16_224", **keywords))
+    model = build_tiny()
+    left_out = load_pretrained(model, distilled.state_dict(), "distilled.pth")
+    names = {text.split()[0] for text in left_out}
+    assert names == {"dist_token", "head_dist.weight", "head_dist.bias"}
+    embedding = distilled.pos_embed
+    assert torch.equal(model.pos_embed[:, 0], embedding[:, 0]), "the class token's"
+    assert torch.equal(model.pos_embed[:, 1:], embedding[:, 2:]), "the patches'"
+
+
+def test_pretrained_weights_of_another_architecture_change_nothing() -> None:
+    model = build_tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for changes in ({"depth": 2}, {"embed_dim": 64}, {"depth": 4}):
+        with pytest.raises(InputError, match=r"wide\.pth is for another model; (blocks|cls_token)"):
+            load_pretrained(model, deit_tiny(**changes).state_dict(), "wide.pth")
+        assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())

@@ -1,0 +1,223 @@
+"""A damaged checkpoint is refused in one line, or it gives back exactly what was stored."""
+
+import pickle
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from fault_helpers import (
+    MODEL_FLAGS,
+    Launcher,
+    assert_identical,
+    assert_same_run,
+    let_a_second_pass,
+    load,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints import latest_checkpoint, load_checkpoint, save_atomically
+from utils import InputError
+
+pytest_plugins = ("fault_fixtures",)
+
+torch.manual_seed(0)
+STORED = {
+    "model": {"head.weight": torch.randn(16, 12), "head.bias": torch.randn(16)},
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(16, 12)}}},
+    "epoch": 3,
+    "step": 8,
+    "args": {"lr": 5e-4, "reduction_loc": (1,)},
+    "classes": ["a", "b"],
+}
+
+
+def stored_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pth"
+        save_atomically(STORED, path)
+        return path.read_bytes()
+
+
+WHOLE = stored_bytes()
+places = st.integers(0, len(WHOLE) - 1)
+
+
+@st.composite
+def damaged_files(draw: st.DrawFn) -> bytes:
+    """A checkpoint after one kind of damage, at random places."""
+    data = bytearray(WHOLE)
+    kind = draw(st.sampled_from(["flips", "cut", "overwritten", "inserted", "shifted", "random"]))
+    if kind == "flips":
+        for place in draw(st.lists(places, min_size=1, max_size=3)):
+            data[place] ^= draw(st.integers(1, 255))
+    elif kind == "cut":
+        del data[draw(places) :]
+    elif kind == "overwritten":
+        place, noise = draw(places), draw(st.binary(min_size=1, max_size=512))
+        data[place : place + len(noise)] = noise
+    elif kind == "inserted":
+        place = draw(places)
+        data[place:place] = draw(st.binary(min_size=1, max_size=64))
+    elif kind == "shifted":
+        begin, end = sorted((draw(places), draw(places)))
+        del data[begin:end]
+    else:
+        start = draw(st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", WHOLE[:64]]))
+        data = start + draw(st.binary(max_size=512))
+    return bytes(data)
+
+
+def refused(path: Path) -> bool:
+    """Whether a file is refused, in one line with its name; if not, it must be whole."""
+    try:
+        assert_identical(load_checkpoint(path), STORED)
+        return False
+    except InputError as problem:
+        assert str(path) in str(problem) and "\n" not in str(problem)
+        return True
+
+
+@settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=damaged_files())
+def test_random_damage(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(data)
+    refused(path)
+
+
+def test_every_changed_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:
+    """PyTorch itself does not compare the archive's checksums."""
+    path = tmp_path / "checkpoint.pth"
+    weight = STORED["model"]["head.weight"].numpy().tobytes()
+    begin = WHOLE.index(weight)
+    for place in random.Random(0).sample(range(begin, begin + len(weight)), 50):
+        damaged = bytearray(WHOLE)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        torch.load(path, weights_only=True)  # goes through
+        assert refused(path)
+    path.write_bytes(WHOLE)
+    assert not refused(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_cut_off(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(WHOLE[: int(share * len(WHOLE))])
+    assert refused(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], "text", 5, None, torch.zeros(3), {}, (1,), {1, 2}])
+def test_no_mapping(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    assert refused(path)
+
+
+class Payload:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("file_format", ["archive", "legacy", "pickle"])
+def test_payload_is_refused_without_running(tmp_path: Path, file_format: str) -> None:
+    proof, path = tmp_path / "proof", tmp_path / "checkpoint.pth"
+    content = STORED | {"args": Payload(proof)}
+    if file_format == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=file_format == "archive")
+    assert refused(path)
+    assert not proof.exists()
+    if file_format == "pickle":
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert proof.exists()  # it is a working payload
+
+
+def as_text(value: object) -> str:
+    return "text"
+
+
+WRONG_STATES = {
+    "optimizer-text": ("optimizer", as_text),
+    "optimizer-empty": ("optimizer", lambda value: {}),
+    "optimizer-groups": ("optimizer", lambda value: value | {"param_groups": []}),
+    "scheduler": ("lr_scheduler", lambda value: [1]),
+    "epoch": ("epoch", as_text),
+    "epoch-none": ("epoch", lambda value: None),
+    "step": ("step", lambda value: -4),
+    "best": ("best", lambda value: 7),
+    "metrics": ("metrics", lambda value: [3]),
+    "args": ("args", lambda value: None),
+    "model-list": ("model", lambda value: list(value)),
+    "model-shapes": ("model", lambda value: {key: value[key][:1] for key in value}),
+    "model-numbers": ("model", lambda value: dict.fromkeys(value, 1)),
+    "ema": ("model_ema", lambda value: 1),
+    "model-args": ("model_args", lambda value: 5),
+    "model-args-list": ("model_args", lambda value: ["keep_rate"]),
+    "model-args-size": ("model_args", lambda value: value | {"img_size": 5}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_STATES)
+def test_wrong_types_inside(
+    launcher: Launcher, train_flags: list[str], undisturbed: Path, tmp_path: Path, name: str
+) -> None:
+    """Well-formed files with nonsense in them end the run with one line and code 2."""
+    key, change = WRONG_STATES[name]
+    content = load(undisturbed / "checkpoint.pth")
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content | {key: change(content[key])}, path)
+    flags = train_flags[len(MODEL_FLAGS) :]  # the model is the checkpoint's
+    run = launcher.main(*flags, "--epochs", "4", "--resume", path)
+    assert run.wait() == 2, run.text()
+    assert "Traceback" not in run.text()
+    last = run.text().rstrip().splitlines()[-1]
+    assert last.startswith("main.py: error: ") and ("checkpoint" in last or key == "model_args")
+
+
+def test_older_checkpoint_takes_the_place_of_a_damaged_one(
+    launcher: Launcher, train_flags: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """Both of the newest are damaged: named, passed over, not deleted; the third is good."""
+    flags = [*train_flags, "--output-dir", tmp_path, "--resume", "auto"]
+    flags += ["--checkpoint-interval", "2", "--keep-checkpoints", "4"]
+    run = launcher.main(*flags)
+    run.wait_for((tmp_path / "checkpoint.3.pth").exists)
+    run.kill()
+    for name in ("checkpoint.pth", "checkpoint.1.pth"):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[len(data) // 2] ^= 255
+        (tmp_path / name).write_bytes(data)
+    left = {path: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    found, _ = latest_checkpoint(tmp_path)
+    assert found == tmp_path / "checkpoint.2.pth"
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.pth")} == left
+    let_a_second_pass()
+    text = launcher.main(*flags).finish()
+    for name in ("checkpoint.pth", "checkpoint.1.pth"):
+        assert text.count(f"passed over: checkpoint {tmp_path / name} cannot be read: ") == 1
+    assert f"resumed {found} at epoch " in text
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_only_damaged_checkpoints_mean_a_fresh_start(tmp_path: Path) -> None:
+    for name in ("checkpoint.pth", "checkpoint.1.pth"):
+        (tmp_path / name).write_bytes(WHOLE[:100])
+    assert latest_checkpoint(tmp_path) is None
+    assert len(list(tmp_path.iterdir())) == 2
