@@ -13,7 +13,7 @@ import json
 import random
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,10 +162,8 @@ class SampleDataset(Dataset):
             if not training:
                 return torch.zeros(3, *self.image_size), int(self.targets[key.index]), is_bad
             image, target = self._replacement(key, error)
-        if not training:
-            return self.transform(image), int(target), is_bad
         seed = _hash(self.seed, key.epoch, key.index, key.repetition)
-        with _random_states(seed):
+        with _random_states(seed) if training else nullcontext():
             return self.transform(image), int(target), is_bad
 
     def _replacement(self, key: SampleKey, error: BadImageError) -> tuple[Image.Image, int]:
