@@ -303,6 +303,7 @@ def _become_main(request: dict) -> None:
     os.setpgid(0, 0)
     for source, number in (("/dev/null", 0), (request["output"], 1), (request["output"], 2)):
         os.dup2(os.open(source, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # off where tests run in background
     random.seed()
     np.random.seed()
     torch.default_generator.seed()

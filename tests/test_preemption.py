@@ -202,7 +202,7 @@ class Slurm:
 def test_slurm_job_is_queued_again(
     launcher: Launcher, train_flags: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """One process: stopped by USR1 to the batch shell alone, then run again to its end."""
+    """One process, stopped by USR1 to the batch shell alone."""
     slurm = Slurm(launcher, tmp_path / "slurm")
     output = tmp_path / "output"
     flags = [*train_flags, "--output-dir", output, "--resume", "auto"]
@@ -214,9 +214,7 @@ def test_slurm_job_is_queued_again(
     assert time.monotonic() - begin < TIME_TO_STOP
     assert "job 42 is queued again" in run.text() and slurm.requests() == "requeue 42\n"
     assert load(output / "checkpoint.pth")["epoch"] >= 1
-    run = slurm.batch(1, *flags)
-    run.finish()
-    assert "resumed" in run.text() and slurm.requests() == "requeue 42\n"
+    assert "resumed" in launcher.main(*flags).finish()
     assert_same_run(output, undisturbed)
 
 
