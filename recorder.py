@@ -121,13 +121,14 @@ class Recorder:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())  # the checkpoint that follows relies on it
-        for name, value in entry.items():
-            if name == "keep_rate":
-                for stage, rate in enumerate(value, 1):
-                    self.writer.add_scalar(f"keep_rate/stage_{stage}", rate, entry["epoch"])
-            elif name != "epoch" and isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, entry["epoch"])
-        self.writer.flush()
+        with _naming(self.folder / "tensorboard"):
+            for name, value in entry.items():
+                if name == "keep_rate":
+                    for stage, rate in enumerate(value, 1):
+                        self.writer.add_scalar(f"keep_rate/stage_{stage}", rate, entry["epoch"])
+                elif name != "epoch" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, entry["epoch"])
+            self.writer.flush()
 
     def save(self, state: TrainState) -> None:
         """Writes checkpoint.pth, from which the run can go on exactly.
