@@ -314,8 +314,9 @@ def _become_main(request: dict) -> None:
         runpy.run_path("main.py", run_name="__main__")
     except SystemExit as stop:
         code = stop.code
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        sys.last_value = error  # as Python does, which keeps the frames and all that is in them
     # The interpreter's own end would first write to all the memory shared with the server.
     atexit._run_exitfuncs()
     sys.stdout.flush()
