@@ -29,7 +29,6 @@ from analysis.paired import compare, comparison_pairs
 from analysis.predictions import open_predictions
 from analysis.sweep import (
     Configuration,
-    digest_dataset,
     digest_weights,
     find_configuration,
     log_comparisons,
@@ -43,6 +42,7 @@ from arguments import AMP_CHOICES, ArgumentParser, add_data_arguments, add_model
 from builders import AMP_DTYPES, with_stored_model
 from checkpoints import load_checkpoint
 from datasets import SampleDataset, build_dataset, build_transform
+from image_cache import digest_dataset
 from models import REDUCTIONS, BATVisionTransformer
 from recorder import check_writable
 from utils import InputError, init_process, logger, setup_logging

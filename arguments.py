@@ -19,6 +19,13 @@ from utils import InputError
 
 # Flags and the interval, ends included, that their values must be in.
 RANGES = {
+    "batch_size": (1, math.inf),
+    "epochs": (1, math.inf),
+    "epoch_images": (1, math.inf),
+    "accum_steps": (1, math.inf),
+    "eval_interval": (1, math.inf),
+    "print_freq": (1, math.inf),
+    "keep_checkpoints": (1, math.inf),
     "lr": (0, math.inf),
     "min_lr": (0, math.inf),
     "warmup_lr": (0, math.inf),
@@ -263,6 +270,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=int, default=64, help="images per process and step")
     group.add_argument("--epochs", type=int, default=300, help="passes over the training set")
+    group.add_argument(
+        "--epoch-images", type=int, default=None, metavar="N",
+        help="end an epoch after so many images, drawn anew each time; default: all",
+    )  # fmt: skip
     group.add_argument("--drop", type=float, default=0.0, help="dropout")
     group.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth")
     add_switch(group, "--model-ema", default=True, help="keep a moving average of the weights")
@@ -273,10 +284,8 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="epochs in which the keep rate falls from 1 along a cosine; 0: none",
     )  # fmt: skip
     group.add_argument("--shrink-start-epoch", type=int, default=10, help="first of them")
-    add_switch(
-        group, "--train-mode", default=None,
-        help="stochastic depth and dropout on; default: on, but off when fine-tuning",
-    )  # fmt: skip
+    text = "stochastic depth and dropout on; default: on, but off when fine-tuning"
+    add_switch(group, "--train-mode", default=None, help=text)
     group.add_argument("--amp", choices=AMP_CHOICES, default="off", help="autocast type")
     add_switch(group, "--compile", default=False, help="torch.compile the model")
     group = parser.add_argument_group("distillation")
@@ -311,6 +320,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=min(10, _num_cores()),
         help="loader processes of each process; default: one a core, 10 at most",
     )
+    group.add_argument(
+        "--image-cache", default="", metavar="FOLDER",
+        help="keep decoded images there and augment on the device: random crop and flip only",
+    )  # fmt: skip
     add_switch(group, "--pin-mem", default=True, help="page-locked batches (GPU only)")
     group.add_argument("--print-freq", type=int, default=10, help="steps between progress lines")
     add_switch(group, "--deterministic", default=False, help="bit-identical runs, if slower ones")
@@ -352,21 +365,9 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
     What the model itself checks (keep rates, ratios, locations) is left to it.
     """
-    for name in (
-        "batch_size",
-        "epochs",
-        "accum_steps",
-        "eval_interval",
-        "print_freq",
-        "keep_checkpoints",
-    ):
-        if getattr(args, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
-            )
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if not low <= value <= high or value == math.inf:
+        if value is not None and (not low <= value <= high or value == math.inf):
             limits = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
             parser.error(f"--{name.replace('_', '-')} must be {limits}, got {value}")
     if args.cutmix_minmax and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:

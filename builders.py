@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from pathlib import Path
 
 import timm
 import torch
@@ -15,9 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from arguments import REDUCTION_FLAGS, reduction_arguments
-from checkpoints import load_checkpoint, load_weights, model_weights
+from checkpoints import latest_checkpoint, load_checkpoint, load_weights, model_weights
 from datasets import SampleDataset, build_dataset, check_same_classes
 from engine import TrainState
+from image_cache import CachedLoader, build_cached_loader
 from losses import DistillationLoss
 from models import BATVisionTransformer, find_keep_rate
 from samplers import EvalSampler, TrainSampler
@@ -26,6 +28,20 @@ from utils import InputError, get_rank, get_world_size, ignore_stop_signals, log
 NUM_REPEATS = 3  # DeiT's repeated augmentation
 REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
+    """Path and contents of the checkpoint that the run starts from; "" and {} for none.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    if args.resume == "auto":
+        found = latest_checkpoint(Path(args.output_dir)) if args.output_dir else None
+        if found is not None:
+            return str(found[0]), found[1]
+    source = args.finetune if args.resume in ("", "auto") else args.resume
+    return source, load_checkpoint(source) if source else {}
 
 
 def with_stored_model(args: argparse.Namespace, stored: dict | None) -> argparse.Namespace:
@@ -109,7 +125,7 @@ def apply_target_gmacs(model: BATVisionTransformer, target_gmacs: float, model_a
 
 def build_train_loader(
     args: argparse.Namespace, dataset: SampleDataset, device: torch.device
-) -> DataLoader:
+) -> DataLoader | CachedLoader:
     """Batches of this process's share of the training set; the sampler yields `SampleKey`s.
 
     Raises:
@@ -121,6 +137,7 @@ def build_train_loader(
         num_repeats=NUM_REPEATS if args.repeated_aug else 1,
         rank=get_rank(),
         world_size=get_world_size(),
+        epoch_samples=args.epoch_images,
     )
     if len(sampler) < args.batch_size * args.accum_steps:
         raise InputError(
@@ -132,14 +149,16 @@ def build_train_loader(
 
 def build_val_loader(
     args: argparse.Namespace, dataset: SampleDataset, device: torch.device
-) -> DataLoader:
+) -> DataLoader | CachedLoader:
     """Batches of this process's share of the validation set, or of all of it."""
     ranks = {"rank": get_rank(), "world_size": get_world_size()} if args.dist_eval else {}
     sampler = EvalSampler(len(dataset), **ranks)
     return _loader(args, dataset, sampler, device, drop_last=False)
 
 
-def _loader(args, dataset, sampler, device, *, drop_last: bool) -> DataLoader:
+def _loader(args, dataset, sampler, device, *, drop_last: bool) -> DataLoader | CachedLoader:
+    if args.image_cache:
+        return build_cached_loader(args, dataset, sampler, device)
     return DataLoader(
         dataset,
         batch_size=args.batch_size,

@@ -9,7 +9,6 @@ Modifications of https://github.com/facebookresearch/deit (`datasets.py`):
 """
 
 import hashlib
-import json
 import random
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from demo_data import is_demo, make_demo
 from images import BadImageError, ResizeToCover, allow_posterize_to_black, load_image
+from inaturalist import build_inaturalist
 from utils import InputError
 
 __all__ = [
@@ -49,10 +49,9 @@ BAD_IMAGE_POLICIES = ("error", "skip")
 
 # DeiT's limit: inputs up to this size are cropped out of the padded image, not zoomed into.
 SMALL_INPUT = 32
+CROP_PADDING = 4  # black pixels around an image that is cropped at random
 # How many other samples a bad training image tries before the run gives up.
 MAX_REPLACEMENTS = 100
-# DeiT's names for torchvision's target types of iNaturalist 2018 and 2019.
-INAT_CATEGORIES = {"name": "full", "full": "full", "supercategory": "super", "super": "super"}
 
 
 class SampleKey(NamedTuple):
@@ -212,6 +211,11 @@ def _image_size(input_size: int | Sequence[int]) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
+def is_small_input(input_size: int | Sequence[int]) -> bool:
+    """Whether DeiT's rule for CIFAR holds: crops of the padded image, and no crop to evaluate."""
+    return max(_image_size(input_size)) <= SMALL_INPUT
+
+
 def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     """Builds DeiT's transform for training or evaluation.
 
@@ -232,12 +236,12 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
         A transform from an RGB image to a (3, H, W) float32 tensor with ImageNet's normalisation.
     """
     rows, cols = _image_size(args.input_size)
-    is_small = max(rows, cols) <= SMALL_INPUT
+    is_small = is_small_input(args.input_size)
     if is_train:
         transform = _train_transform((rows, cols), args)
         if is_small or args.src:
             cover = ResizeToCover((rows, cols))
-            crop = transforms.RandomCrop((rows, cols), padding=4)
+            crop = transforms.RandomCrop((rows, cols), padding=CROP_PADDING)
             transform.transforms[:1] = [cover, crop]
         return transform
     ratio = 1.0 if is_small else args.eval_crop_ratio
@@ -298,49 +302,6 @@ def _image_folder(root: Path, split: str) -> datasets.ImageFolder:
     return source
 
 
-def _inaturalist(root: Path, is_train: bool, year: str, args: Namespace) -> datasets.INaturalist:
-    """torchvision's iNaturalist, cut to the competition's train or val split.
-
-    torchvision reads the images of both splits as one set, so the split comes from the
-    competition's own lists of images, train2018.json and val2018.json (or 2019).
-    """
-    if args.inat_category not in INAT_CATEGORIES:
-        raise InputError(
-            f"inat_category is {args.inat_category!r}, allowed for iNaturalist {year}: "
-            + ", ".join(INAT_CATEGORIES)
-        )
-    source = datasets.INaturalist(
-        str(root),
-        version=year,
-        target_type=INAT_CATEGORIES[args.inat_category],
-        download=args.download,
-        loader=load_image,
-    )
-    split_list = root / f"{'train' if is_train else 'val'}{year}.json"
-    if not split_list.is_file():
-        raise InputError(
-            f"{split_list} does not exist: it lists the images of the split; "
-            "get it from https://github.com/visipedia/inat_comp"
-        )
-    images = json.loads(split_list.read_text(encoding="utf-8"))["images"]
-    # train_val2018/SUPER/ID/NAME.jpg -> SUPER/ID/NAME.jpg
-    wanted = {image["file_name"].partition("/")[2] for image in images}
-    # Sorted, since torchvision takes the file system's order.
-    source.index = sorted(
-        item for item in source.index if f"{source.all_categories[item[0]]}/{item[1]}" in wanted
-    )
-    if not source.index:
-        raise InputError(f"none of the images listed in {split_list} is in {source.root}")
-    (target_type,) = source.target_type
-    if target_type == "full":
-        source.classes = list(source.all_categories)
-        source.targets = [category for category, _ in source.index]
-    else:
-        source.classes = list(source.categories_index[target_type])
-        source.targets = [source.categories_map[c][target_type] for c, _ in source.index]
-    return source
-
-
 def _torchvision_source(is_train: bool, root: Path, args: Namespace) -> Dataset:
     """The torchvision data set that `args` names; what it raises becomes an `InputError`."""
     try:
@@ -349,7 +310,7 @@ def _torchvision_source(is_train: bool, root: Path, args: Namespace) -> Dataset:
         if args.data_set in ("CIFAR100", "CIFAR"):
             return datasets.CIFAR100(root, train=is_train, download=args.download)
         year = "2018" if args.data_set == "INAT" else "2019"
-        return _inaturalist(root, is_train, year, args)
+        return build_inaturalist(root, is_train, year, args)
     except InputError:
         raise
     except (RuntimeError, OSError, ValueError, KeyError) as error:

@@ -315,6 +315,7 @@ def evaluate(
     header: str = "Test:",
     all_ranks: bool = True,
     stop_requested: Callable[[], bool] = _never,
+    hits: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Accuracy and loss over a data set, every image counted once.
 
@@ -327,6 +328,7 @@ def evaluate(
         header: first words of the progress lines.
         all_ranks: the processes share the data set, so add up their counts.
         stop_requested: asked after every batch; all processes stop when one says True.
+        hits: gets this process's (B,) bools, right or wrong, one tensor a batch.
 
     Returns:
         acc1 and acc5 in percent, loss (mean cross-entropy), and how many images were evaluated and
@@ -348,6 +350,8 @@ def evaluate(
         with _autocast(device, amp_dtype):
             logits = model(images)
         scores = score_batch(logits, targets.to(device), is_bad.to(device))
+        if hits is not None:
+            hits.append(scores.correct1.cpu())
         parts = [score.double().sum() for score in scores]
         batch = torch.stack([*parts, parts[0].new_tensor(len(targets)), is_bad.double().sum()])
         batch = batch.cpu()

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,11 +33,10 @@ from builders import (
     build_val_loader,
     evaluation_models,
     model_arguments,
+    starting_point,
     with_stored_model,
 )
 from checkpoints import (
-    latest_checkpoint,
-    load_checkpoint,
     load_pretrained,
     load_weights,
     model_weights,
@@ -77,20 +75,6 @@ EXIT_DIVERGED = 3
 EXIT_NOT_WRITTEN = 4
 EXIT_LOST_PROCESS = 5
 EXIT_PREEMPTED = 75
-
-
-def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
-    """Path and contents of the checkpoint that the run starts from; "" and {} for none.
-
-    Raises:
-        InputError: the checkpoint cannot be read.
-    """
-    if args.resume == "auto":
-        found = latest_checkpoint(Path(args.output_dir)) if args.output_dir else None
-        if found is not None:
-            return str(found[0]), found[1]
-    source = args.finetune if args.resume in ("", "auto") else args.resume
-    return source, load_checkpoint(source) if source else {}
 
 
 def build_run_model(
@@ -270,10 +254,16 @@ def validate(
     stop_requested: StopRequest,
 ) -> dict[str, float]:
     """Evaluates the weights and their moving average, and keeps the best of the former."""
-    entry = {}
+    entry, hits = {}, []
     for prefix, model in evaluation_models(state, device).items():
         result = run_evaluation(
-            args, model, val_loader, device, f"{prefix}:", stop_requested=stop_requested
+            args,
+            model,
+            val_loader,
+            device,
+            f"{prefix}:",
+            stop_requested=stop_requested,
+            hits=hits if prefix == "test" else None,
         )
         entry |= {f"{prefix}_{name}": value for name, value in result.items()}
         best = max(state.best.get(f"{prefix}_acc1", -1.0), result["acc1"])
@@ -281,6 +271,8 @@ def validate(
         state.best[f"{prefix}_acc1"] = best
         if prefix == "test" and improved and recorder is not None:
             recorder.save_best(state)
+    if hits and recorder is not None and get_world_size() == 1:
+        recorder.save_hits(torch.cat(hits))
     logger.info(f"Best Acc@1 so far: {state.best['test_acc1']:.3f}")
     return entry
 

@@ -16,6 +16,7 @@ import PIL
 import timm
 import torch
 import torchvision
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoints import checkpoint_files, load_weights, model_weights, save_atomically
@@ -149,6 +150,13 @@ class Recorder:
         whole = state.state_dict()
         kept = {name: whole[name] for name in ("model", "model_ema", "epoch", "best")}
         save_atomically(kept | self.about, self.folder / "best.pth")
+
+    def save_hits(self, hits: Tensor) -> None:
+        """Writes correct.npy: (images,) bool, which images the validated weights get right."""
+        partial = self.folder / "correct.partial.npy"
+        with _naming(self.folder):
+            np.save(partial, hits.numpy())
+            partial.replace(self.folder / "correct.npy")
 
     def close(self) -> None:
         """Closes the TensorBoard file; `log_epoch` has written all that there is to write."""

@@ -36,6 +36,7 @@ class TrainSampler(Sampler[SampleKey]):
     visited: floor(n // 256 * 256 / world_size) positions a rank (n in place of n // 256 * 256
     below 256 samples), DeiT's rule. With R = 1 each index comes once; the last
     n % world_size positions are left out, so that all ranks take the same number of steps.
+    `epoch_samples` ends an epoch earlier.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TrainSampler(Sampler[SampleKey]):
         num_repeats: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        epoch_samples: int | None = None,
     ) -> None:
         """Sets up epoch 0.
 
@@ -55,6 +57,8 @@ class TrainSampler(Sampler[SampleKey]):
             num_repeats: how often each index stands in the list, 1 or more; DeiT uses 3.
             rank: of this process.
             world_size: number of processes.
+            epoch_samples: most samples of an epoch over all ranks, at least `world_size`; None: no
+                such limit.
         """
         super().__init__()
         _check_ranks(num_samples, rank, world_size)
@@ -64,7 +68,12 @@ class TrainSampler(Sampler[SampleKey]):
             raise ValueError(
                 f"num_samples is {num_samples}, allowed: {world_size} (world_size) or more"
             )
+        if epoch_samples is not None and epoch_samples < world_size:
+            raise ValueError(
+                f"epoch_samples is {epoch_samples}, allowed: {world_size} (world_size) or more"
+            )
         self.num_samples = num_samples
+        self.epoch_samples = epoch_samples
         self.seed = seed
         self.num_repeats = num_repeats
         self.rank = rank
@@ -78,7 +87,14 @@ class TrainSampler(Sampler[SampleKey]):
         total = self.num_samples
         if self.num_repeats > 1 and total >= REPEATED_EPOCH_MULTIPLE:
             total = total // REPEATED_EPOCH_MULTIPLE * REPEATED_EPOCH_MULTIPLE
+        if self.epoch_samples is not None:
+            total = min(total, self.epoch_samples)
         return total // self.world_size
+
+    @property
+    def epoch_seed(self) -> int:
+        """One 64-bit word per (seed, epoch): neighbouring seeds never share an epoch's order."""
+        return (self.seed * 1_000_003 + self.epoch) % 2**63
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Chooses the epoch that the next iteration visits.
@@ -99,8 +115,7 @@ class TrainSampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         generator = torch.Generator()
-        # One 64-bit word per (seed, epoch): neighbouring seeds never share an epoch's order.
-        generator.manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        generator.manual_seed(self.epoch_seed)
         order = torch.randperm(self.num_samples, generator=generator).tolist()
         for step in range(self.start, self.epoch_length):
             position = self.rank + step * self.world_size

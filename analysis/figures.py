@@ -63,15 +63,15 @@ MEASURE_LABELS = {
 }
 
 
-def _styled(draw):
+def styled(draw):
     """Runs a function that draws under the shared style."""
 
     @wraps(draw)
-    def styled(*args, **kwargs):
+    def drawn(*args, **kwargs):
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
 def method_style(reduction: str) -> dict:
@@ -80,7 +80,7 @@ def method_style(reduction: str) -> dict:
     return {"label": label, "color": colour, "marker": marker}
 
 
-@_styled
+@styled
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Writes a figure as PNG (300 dots per inch) and as PDF.
 
@@ -97,13 +97,18 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def _new_figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure, half a page wide.
+
+    Args:
+        height: in inches.
+    """
     figure = Figure(figsize=(WIDTH, height))
     FigureCanvasAgg(figure)
     return figure
 
 
-@_styled
+@styled
 def plot_sweep(rows: Sequence[dict]) -> Figure:
     """Accuracy against GMACs: a line a method and checkpoint, keep rates beside the points.
 
@@ -113,7 +118,7 @@ def plot_sweep(rows: Sequence[dict]) -> Figure:
     Args:
         rows: as `sweep.summarize` returns them.
     """
-    figure = _new_figure(3.1)
+    figure = new_figure(3.1)
     axes = figure.add_subplot()
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     methods = list(dict.fromkeys(row["reduction"] for row in rows))
@@ -189,7 +194,7 @@ def _label_keep_rates(axes: Axes, rows: Sequence[dict]) -> list[Text]:
     return labels
 
 
-@_styled
+@styled
 def plot_diversity(rows: Sequence[dict]) -> Figure:
     """A panel a measure: its mean over the images against the block, a line a method.
 
@@ -199,7 +204,7 @@ def plot_diversity(rows: Sequence[dict]) -> Figure:
     Args:
         rows: as `diversity.measure_methods` returns them.
     """
-    figure = _new_figure(4.0)
+    figure = new_figure(4.0)
     panels = figure.subplots(2, 2, sharex=True)
     methods = list(dict.fromkeys(row["reduction"] for row in rows))
     reducing = sorted({row["block"] for row in rows if row["attention_share"] is not None})
@@ -231,7 +236,7 @@ def plot_diversity(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_patches(
     importance: np.ndarray, lost_at: np.ndarray, blocks: Sequence[int], num_images: int
 ) -> Figure:
@@ -246,13 +251,13 @@ def plot_patches(
     num_stages = len(blocks)
     num_rows = (num_stages + 2) // 2
     aspect = lost_at.shape[0] / lost_at.shape[1]
-    figure = _new_figure(0.3 + num_rows * (0.42 + 0.9 * min(aspect, 2.5)))
+    figure = new_figure(0.3 + num_rows * (0.42 + 0.9 * min(aspect, 2.5)))
     panels = figure.subplots(num_rows, 2, squeeze=False).flat
     for axes, stage in zip(panels, range(num_stages), strict=False):
         title = f"stage {stage + 1} (block {blocks[stage]})"
-        _heat_map(axes, 100 * importance[stage], title, "importance (%)")
+        heat_map(axes, 100 * importance[stage], title, "importance (%)")
     axes = panels[num_stages]
-    _heat_map(axes, lost_at, "own token lost", f"stage ({num_stages + 1}: never)", "cividis")
+    heat_map(axes, lost_at, "own token lost", f"stage ({num_stages + 1}: never)", "cividis")
     for axes in panels[num_stages + 1 :]:
         axes.remove()
     images = "1 image" if num_images == 1 else f"mean of {num_images} images"
@@ -261,7 +266,7 @@ def plot_patches(
     return figure
 
 
-def _heat_map(
+def heat_map(
     axes: Axes, values: np.ndarray, title: str, unit: str, colours: str = "viridis"
 ) -> None:
     """One panel with its colour bar."""

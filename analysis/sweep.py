@@ -8,7 +8,6 @@ file, predictions.npz, from which an interrupted sweep goes on.
 import copy
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,14 +97,6 @@ def digest_weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def digest_dataset(dataset: SampleDataset) -> str:
-    """Short hash of a data set's classes, targets and file names (as far as it has files)."""
-    samples = getattr(dataset.source, "samples", ())
-    files = [os.path.relpath(path, dataset.source.root) for path, _ in samples]
-    text = json.dumps([dataset.classes, dataset.targets.tolist(), files])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

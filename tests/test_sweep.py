@@ -117,7 +117,7 @@ def single(root):
 
 def test_sweep_equals_separate_evaluations_to_the_last_digit(root, finished):
     dataset, _ = build_dataset(False, dataset_args(root / "data", input_size=32))
-    args = Namespace(batch_size=5, num_workers=0, pin_mem=False, dist_eval=True)
+    args = Namespace(batch_size=5, num_workers=0, pin_mem=False, dist_eval=True, image_cache="")
     loader = build_val_loader(args, dataset, torch.device("cpu"))
     rows, _ = read(finished)
     assert len(rows) == 2 * (1 + 4 * 2)  # the dense model once a checkpoint

@@ -1,0 +1,227 @@
+"""Decoded images in one file, and a loader that augments whole batches on the device.
+
+For small images and small models: reading a file and augmenting it costs more than a training step
+on a GPU. Every image is decoded once, kept as bytes in a memory-mapped file that all runs share,
+and moved to the device; random crops and flips are index arithmetic there.
+"""
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import BatchSampler
+from torchvision import transforms
+
+from datasets import CROP_PADDING, SampleDataset, is_small_input
+from images import ResizeToCover
+from samplers import EvalSampler, TrainSampler
+from utils import InputError, barrier, is_main_process, logger
+
+Batch = tuple[Tensor, Tensor, Tensor]
+AUGMENTATION_STREAM = 0x5DEECE66D  # sets the draws of an epoch apart from its shuffle
+
+
+def digest_dataset(dataset: SampleDataset) -> str:
+    """Short hash of a data set's classes, targets and file names (as far as it has files)."""
+    samples = getattr(dataset.source, "samples", ())
+    files = [os.path.relpath(path, dataset.source.root) for path, _ in samples]
+    text = json.dumps([dataset.classes, dataset.targets.tolist(), files])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_cacheable(args: Namespace) -> None:
+    """Checks that the augmentation is one that `CachedLoader` knows: random crop and flip.
+
+    Args:
+        args: reads eval, src, input_size, aa, color_jitter, reprob and bad_images.
+
+    Raises:
+        InputError: the run asks for another.
+    """
+    if args.bad_images != "error":
+        raise InputError("--image-cache takes readable images only: add --bad-images error")
+    if args.eval:
+        return
+    wanted = []
+    if args.aa not in (None, "", "none"):
+        wanted.append("--aa none")
+    wanted += [f"--{name.replace('_', '-')} 0" for name in ("color_jitter", "reprob")
+               if getattr(args, name)]  # fmt: skip
+    if not (args.src or is_small_input(args.input_size)):
+        wanted.append("--src")
+    if wanted:
+        raise InputError(
+            f"--image-cache augments by random crop and flip alone: add {' '.join(wanted)}"
+        )
+
+
+def cached_images(
+    folder: str | Path, dataset: SampleDataset, name: str, crop_ratio: float
+) -> np.ndarray:
+    """Opens the file of a data set's decoded images, after making it if it is not there.
+
+    An image is resized to cover (H / crop_ratio, W / crop_ratio) and cropped to the (H, W) of the
+    data set's inputs from its centre. The file's name says which files, of which sizes and times,
+    it was made from.
+
+    Args:
+        folder: where the file is, or is put.
+        dataset: whose images to decode.
+        name: first word of the file's name.
+        crop_ratio: share of the resized image that the crop keeps, in (0, 1].
+
+    Returns:
+        (images, 3, H, W) uint8, memory-mapped; what is written to it stays in this process.
+
+    Raises:
+        InputError: the file cannot be written.
+        BadImageError: an image cannot be read.
+    """
+    rows, cols = dataset.image_size
+    stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
+    facts = [digest_dataset(dataset), rows, cols, crop_ratio]
+    facts += [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    path = Path(folder) / f"{name}-{rows}x{cols}-{digest}.npy"
+    if is_main_process() and not path.exists():
+        cover = ResizeToCover((int(rows / crop_ratio), int(cols / crop_ratio)))
+        crop = transforms.Compose([cover, transforms.CenterCrop((rows, cols))])
+        logger.info(f"decoding {len(dataset)} images into {path}")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = open_memmap(partial, "w+", np.uint8, (len(dataset), 3, rows, cols))
+            for index in range(len(dataset)):
+                image, _ = dataset.source[index]
+                pixels[index] = np.asarray(crop(image)).transpose(2, 0, 1)
+            pixels.flush()
+            os.replace(partial, path)
+        except OSError as problem:
+            reason = problem.strerror or problem
+            raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
+        finally:
+            partial.unlink(missing_ok=True)
+    barrier(torch.device("cpu"))
+    return np.load(path, mmap_mode="c")
+
+
+class CachedLoader:
+    """Batches of decoded images, cropped, flipped and normalised on the device.
+
+    With a `TrainSampler` every image is padded by 4 black pixels, cropped at random and flipped
+    with probability 1/2, as `build_transform` does for small inputs; the draws depend on (seed,
+    epoch, index, repetition) alone. With an `EvalSampler` images are only normalised: the same
+    numbers as from `build_transform`, bit for bit.
+
+    Attributes:
+        sampler: which images, in which order.
+        batch_size: images of a batch.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        sampler: TrainSampler | EvalSampler,
+        batch_size: int,
+    ) -> None:
+        """Keeps what it is given.
+
+        Args:
+            images: (N, 3, H, W) uint8, on the device to augment on.
+            targets: (N,) int64 on the CPU.
+            sampler: a `TrainSampler` also means augmentation, and that an incomplete last batch is
+                left out.
+            batch_size: images of a batch.
+        """
+        self.images = images
+        self.targets = targets
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self._batches = BatchSampler(sampler, batch_size, drop_last=self._trains)
+        stats = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=images.device)
+        self._mean, self._std = stats.view(2, 1, 3, 1, 1)
+
+    @property
+    def _trains(self) -> bool:
+        return isinstance(self.sampler, TrainSampler)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        draws = self._draws() if self._trains else None
+        for keys in self._batches:
+            index = torch.tensor([key.index for key in keys] if self._trains else keys)
+            images = self.images[index.to(self.images.device)]
+            if draws is not None:
+                repetition = torch.tensor([key.repetition for key in keys])
+                images = crop_and_flip(images, draws[:, repetition, index].to(images.device))
+            images = (images.float() / 255 - self._mean) / self._std
+            yield images, self.targets[index], torch.zeros(len(keys), dtype=torch.int64)
+
+    def _draws(self) -> Tensor:
+        """(3, repetitions, N) int64: first row and column of each crop, and whether to flip."""
+        sampler = self.sampler
+        generator = torch.Generator().manual_seed(sampler.epoch_seed ^ AUGMENTATION_STREAM)
+        shape = (sampler.num_repeats, sampler.num_samples)
+        corners = torch.randint(2 * CROP_PADDING + 1, (2, *shape), generator=generator)
+        flips = torch.randint(2, (1, *shape), generator=generator)
+        return torch.cat([corners, flips])
+
+
+def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Pads images with black, crops them to their old size and mirrors some of them.
+
+    Args:
+        images: (B, C, H, W) of any type.
+        draws: (3, B) int64: first row and first column of the crop within the padded image, each in
+            0 .. 8, and 1 for a mirrored image.
+
+    Returns:
+        (B, C, H, W) of the same type.
+    """
+    num_images, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)
+    top, left, flip = draws.unsqueeze(2)  # (B, 1) each
+    across = torch.arange(width, device=images.device)
+    rows = top + torch.arange(height, device=images.device)  # (B, H)
+    cols = left + torch.where(flip == 1, across.flip(0), across)  # (B, W)
+    image = torch.arange(num_images, device=images.device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
+    return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
+
+
+def build_cached_loader(
+    args: Namespace,
+    dataset: SampleDataset,
+    sampler: TrainSampler | EvalSampler,
+    device: torch.device,
+) -> CachedLoader:
+    """Decodes a data set, or opens what is decoded already, and moves it to the device.
+
+    Args:
+        args: reads image_cache, batch_size, eval_crop_ratio and what `check_cacheable` reads.
+        dataset: the training or the validation set.
+        sampler: of the same part.
+        device: where the batches are wanted.
+
+    Raises:
+        InputError: the augmentation is another one, or the cache cannot be written.
+        BadImageError: an image cannot be read.
+    """
+    check_cacheable(args)
+    trains = isinstance(sampler, TrainSampler)
+    ratio = 1.0 if trains or is_small_input(args.input_size) else args.eval_crop_ratio
+    pixels = cached_images(args.image_cache, dataset, "train" if trains else "val", ratio)
+    # On the CPU the file itself is the memory, shared by all processes that read it.
+    images = torch.from_numpy(pixels).to(device)
+    return CachedLoader(images, torch.from_numpy(dataset.targets), sampler, args.batch_size)
