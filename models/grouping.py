@@ -106,7 +106,7 @@ def squared_distances(x: Tensor) -> Tensor:
     """Squared Euclidean distances divided by the channel count, from one Gram matrix.
 
     Centring first keeps the products small; the squared norms come from the Gram matrix's own
-    diagonal, so bit-identical tokens are exactly 0 apart.
+    diagonal, so bit-identical tokens, and a token and itself, are exactly 0 apart.
 
     Args:
         x: (B, M, D) tokens.
@@ -118,9 +118,9 @@ def squared_distances(x: Tensor) -> Tensor:
     centred = x - x.mean(dim=1, keepdim=True)
     gram = inner_products(centred, centred)  # (B, M, M)
     norms = gram.diagonal(dim1=-2, dim2=-1)  # (B, M)
-    squared = (norms.unsqueeze(2) + norms.unsqueeze(1) - 2 * gram).clamp(min=0)
-    itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    return squared.masked_fill(itself, 0) / x.shape[2]
+    # In place: at these sizes fresh memory costs a CPU more than the arithmetic.
+    squared = (norms.unsqueeze(2) + norms.unsqueeze(1)).sub_(gram, alpha=2)
+    return squared.clamp_(min=0).div_(x.shape[2])
 
 
 def density_peaks(x: Tensor, num_clusters: int, k: int = 5) -> Tensor:
@@ -164,8 +164,8 @@ def density_peaks(x: Tensor, num_clusters: int, k: int = 5) -> Tensor:
     order = score.argsort(dim=-1, descending=True, stable=True)
     centres = order[:, :num_clusters]  # (B, C)
 
-    # Step 4: nearest centre; argmin returns the first of equals, the one with the higher score.
-    cluster = gather_tokens(squared, centres).argmin(dim=1)  # (B, C, M) -> (B, M)
+    # Step 4: nearest centre; min returns the first of equals, the one with the higher score.
+    cluster = gather_tokens(squared, centres).min(dim=1).indices  # (B, C, M) -> (B, M)
     own = torch.arange(num_clusters, device=x.device).expand_as(centres)
     return cluster.scatter(1, centres, own)
 
