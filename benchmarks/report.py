@@ -102,7 +102,7 @@ def environment(device: torch.device) -> dict:
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load_average": [round(value, 2) for value in load] if load else None,
@@ -116,7 +116,7 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
