@@ -10,6 +10,7 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -92,25 +93,33 @@ def cached_images(
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     path = Path(folder) / f"{name}-{rows}x{cols}-{digest}.npy"
     if is_main_process() and not path.exists():
-        cover = ResizeToCover((int(rows / crop_ratio), int(cols / crop_ratio)))
-        crop = transforms.Compose([cover, transforms.CenterCrop((rows, cols))])
         logger.info(f"decoding {len(dataset)} images into {path}")
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = open_memmap(partial, "w+", np.uint8, (len(dataset), 3, rows, cols))
-            for index in range(len(dataset)):
-                image, _ = dataset.source[index]
-                pixels[index] = np.asarray(crop(image)).transpose(2, 0, 1)
-            pixels.flush()
-            os.replace(partial, path)
+            _decode(dataset, crop_ratio, path)
         except OSError as problem:
             reason = problem.strerror or problem
             raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
-        finally:
-            partial.unlink(missing_ok=True)
     barrier(torch.device("cpu"))
     return np.load(path, mmap_mode="c")
+
+
+def _decode(dataset: SampleDataset, crop_ratio: float, path: Path) -> None:
+    """Writes the file, whole or not at all."""
+    rows, cols = dataset.image_size
+    cover = ResizeToCover((int(rows / crop_ratio), int(cols / crop_ratio)))
+    crop = transforms.Compose([cover, transforms.CenterCrop((rows, cols))])
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = open_memmap(partial, "w+", np.uint8, (len(dataset), 3, rows, cols))
+        for index in range(len(dataset)):
+            image, _ = dataset.source[index]
+            pixels[index] = np.asarray(crop(image)).transpose(2, 0, 1)
+        pixels.flush()
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 class CachedLoader:

@@ -1,0 +1,162 @@
+"""The image cache: the same pixels as the ordinary loader, and augmentation that a key decides."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from conftest import PLAIN_FLAGS, RUN_FLAGS, TINY_FLAGS
+from data_helpers import dataset_args, random_image
+from torch.utils.data import DataLoader
+
+from datasets import build_dataset
+from image_cache import CachedLoader, build_cached_loader, cached_images, crop_and_flip
+from samplers import EvalSampler, TrainSampler
+
+CPU = torch.device("cpu")
+PLAIN = {"aa": "none", "color_jitter": 0, "reprob": 0, "train_interpolation": "bicubic"}
+
+
+def cache_args(data_path: Path, folder: Path, **changes: object) -> Namespace:
+    plain = PLAIN | {"eval": False, "image_cache": str(folder), "batch_size": 5, "input_size": 32}
+    return dataset_args(data_path, **(plain | changes))
+
+
+def training_loader(size: int = 40, **options: object) -> CachedLoader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return CachedLoader(images, torch.arange(size), TrainSampler(size, **options), 7)
+
+
+@pytest.mark.parametrize("input_size", [32, 24, 48, (24, 40)])
+def test_evaluation_equals_the_ordinary_loader(data_path, tmp_path, input_size):
+    args = cache_args(data_path, tmp_path, input_size=input_size, eval=True)
+    dataset, _ = build_dataset(False, args)
+    ours = build_cached_loader(args, dataset, EvalSampler(24), CPU)
+    theirs = DataLoader(dataset, batch_size=5, sampler=EvalSampler(24))
+    assert len(ours) == len(theirs) == 5
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_crops_and_flips_are_torchvisions():
+    rng = np.random.default_rng(0)
+    picture = torch.from_numpy(np.asarray(random_image(rng, 12, 10)).copy()).permute(2, 0, 1)
+    draws = torch.tensor([[0, 8, 3, 4], [8, 0, 5, 4], [0, 1, 1, 0]])
+    cropped = crop_and_flip(picture.expand(4, -1, -1, -1), draws)
+    padded = TF.pad(picture, [4, 4, 4, 4])
+    for result, (top, left, flip) in zip(cropped, draws.T.tolist(), strict=True):
+        expected = TF.crop(padded, top, left, 12, 10)
+        assert torch.equal(result, TF.hflip(expected) if flip else expected)
+    assert torch.equal(cropped[3], picture)
+
+
+def test_every_crop_and_flip_occurs():
+    draws = training_loader(4000)._draws()
+    assert draws.shape == (3, 1, 4000)
+    for row, count in zip(draws[:, 0], (9, 9, 2), strict=True):
+        frequencies = torch.bincount(row) / 4000
+        assert len(frequencies) == count
+        assert (frequencies - 1 / count).abs().max() < 0.03
+
+
+def test_a_sample_depends_on_its_key_alone():
+    def by_key(**options: object) -> dict:
+        loader = training_loader(**{"num_repeats": 3, "seed": 2} | options)
+        loader.sampler.set_epoch(1)
+        keys = list(loader.sampler)
+        images = torch.cat([images for images, _, _ in loader])
+        return dict(zip(keys, images, strict=False))
+
+    alone = by_key()
+    shares = by_key(world_size=2) | by_key(rank=1, world_size=2)
+    assert all(torch.equal(alone[key], image) for key, image in shares.items() if key in alone)
+    other = by_key(seed=3)
+    common = [key for key in alone if key in other]
+    assert common and not all(torch.equal(alone[key], other[key]) for key in common)
+
+
+def test_an_epoch_can_be_entered_in_its_middle():
+    loader = training_loader()
+    whole = list(loader)
+    loader.sampler.set_epoch(0, start=14)
+    rest = list(loader)
+    assert len(rest) == len(loader) == len(whole) - 2
+    for mine, other in zip(rest, whole[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def test_the_file_is_made_once_and_anew_when_the_data_change(data_path, tmp_path):
+    dataset, _ = build_dataset(False, cache_args(data_path, tmp_path))
+    first = cached_images(tmp_path, dataset, "val", 1.0)
+    (path,) = tmp_path.glob("val-32x32-*.npy")
+    made = path.stat().st_mtime_ns
+    assert np.array_equal(cached_images(tmp_path, dataset, "val", 1.0), first)
+    assert path.stat().st_mtime_ns == made
+    cached_images(tmp_path, dataset, "val", 0.5)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_images_go_into_the_right_rows(data_path, tmp_path):
+    dataset, _ = build_dataset(False, cache_args(data_path, tmp_path))
+    pixels = cached_images(tmp_path, dataset, "val", 1.0)
+    for index in (0, 7, 23):
+        image, _ = dataset.source[index]
+        assert np.array_equal(pixels[index], np.asarray(image).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aa": "rand-m9-mstd0.5-inc1"}, "--aa none"),
+        ({"color_jitter": 0.3}, "--color-jitter 0"),
+        ({"reprob": 0.25}, "--reprob 0"),
+        ({"input_size": 48}, "--src"),
+        ({"bad_images": "skip"}, "--bad-images error"),
+    ],
+)
+def test_other_augmentation_is_refused(call_main, data_path, tmp_path, changes, words):
+    flags = [*TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--data-path", data_path]
+    flags += ["--image-cache", tmp_path / "cache", "--no-repeated-aug", "--batch-size", 8]
+    for name, value in changes.items():
+        flags += [f"--{name.replace('_', '-')}", value]
+    result = call_main(*flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(call_main, data_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = [*TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--data-path", data_path, "--epochs", 1]
+    result = call_main(*flags, "--batch-size", 8, "--image-cache", tmp_path / "file")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--image-cache: cannot write" in result.stderr
+
+
+def test_training_from_the_cache(call_main, data_path, tmp_path):
+    flags = [
+        *TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--data-path", data_path, "--batch-size", 8,
+        "--image-cache", tmp_path / "cache", "--epoch-images", 32, "--no-repeated-aug",
+        "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", 0, "--no-model-ema",
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call_main(*flags, "--epochs", 3, "--output-dir", whole).returncode == 0
+    parts_flags = [*flags, "--resume", "auto", "--output-dir", parts]
+    assert call_main(*parts_flags, "--epochs", 3, "--checkpoint-interval", 1).returncode == 0
+    logs = [
+        [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        for folder in (whole, parts)
+    ]
+    for mine, other in zip(*logs, strict=True):
+        for name in ("train_loss", "test_acc1", "test_loss"):
+            assert mine[name] == other[name]
+    correct = np.load(whole / "correct.npy")
+    assert correct.shape == (24,) and correct.dtype == bool
+    assert 100 * correct.mean() == pytest.approx(logs[0][-1]["test_acc1"])
+    checkpoint = torch.load(whole / "checkpoint.pth", weights_only=True)
+    assert checkpoint["updates"] == 3 * 32 // 8
