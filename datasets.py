@@ -27,7 +27,13 @@ from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from demo_data import is_demo, make_demo
-from images import BadImageError, ResizeToCover, allow_posterize_to_black, load_image
+from images import (
+    BadImageError,
+    ResizeToCover,
+    ToNormalizedTensor,
+    allow_posterize_to_black,
+    load_image,
+)
 from inaturalist import build_inaturalist
 from utils import InputError
 
@@ -236,6 +242,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
         A transform from an RGB image to a (3, H, W) float32 tensor with ImageNet's normalisation.
     """
     rows, cols = _image_size(args.input_size)
+    to_tensor = ToNormalizedTensor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     is_small = is_small_input(args.input_size)
     if is_train:
         transform = _train_transform((rows, cols), args)
@@ -243,6 +250,9 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
             cover = ResizeToCover((rows, cols))
             crop = transforms.RandomCrop((rows, cols), padding=CROP_PADDING)
             transform.transforms[:1] = [cover, crop]
+        kinds = [type(step).__name__ for step in transform.transforms]
+        first = kinds.index("Normalize") - 1  # timm's pair: to a tensor, then normalised
+        transform.transforms[first : first + 2] = [to_tensor]
         return transform
     ratio = 1.0 if is_small else args.eval_crop_ratio
     if not 0 < ratio <= 1:
@@ -251,8 +261,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
         [
             ResizeToCover((int(rows / ratio), int(cols / ratio))),
             transforms.CenterCrop((rows, cols)),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            to_tensor,
         ]
     )
 

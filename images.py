@@ -1,11 +1,14 @@
 """Reading image files safely, and the steps that DeiT's transforms need beside timm's."""
 
 import warnings
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import auto_augment
+from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -125,6 +128,26 @@ class ResizeToCover:
         if (cols, rows) == image.size:
             return image
         return image.resize((cols, rows), Image.Resampling.BICUBIC)
+
+
+class ToNormalizedTensor:
+    """torchvision's `ToTensor` and `Normalize` in place: the same numbers, bit for bit, sooner."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Sets the statistics.
+
+        Args:
+            mean: of each channel, of values in [0, 1].
+            std: standard deviation of each channel.
+        """
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Converts an RGB image to (3, H, W) float32, normalised."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W) uint8, strided
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.div_(255).sub_(self.mean).div_(self.std)
 
 
 def allow_posterize_to_black(transform: transforms.Compose) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import statistics
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +182,12 @@ def _loaders(paths: Sequence[Path], choice: DataChoice) -> dict[tuple, Run]:
 
 
 def _one_pass(loader) -> Run:
+    """Reads all images; our training sampler goes to its next epoch, as timm's does by itself."""
+    epochs = count()
+
     def run() -> None:
+        if isinstance(loader.sampler, TrainSampler):
+            loader.sampler.set_epoch(next(epochs))
         for _ in loader:
             pass
 

@@ -13,6 +13,7 @@ import torch
 import torchvision.datasets
 from data_helpers import dataset_args, random_image, refusal, write_image_folder
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -26,7 +27,7 @@ from datasets import (
     build_transform,
     check_same_classes,
 )
-from images import ResizeToCover
+from images import ResizeToCover, allow_posterize_to_black
 from samplers import EvalSampler, TrainSampler
 from utils import InputError
 
@@ -115,6 +116,26 @@ def test_evaluation_matches_torchvision() -> None:
     )
     transform = build_transform(False, dataset_args("", input_size=224))
     assert torch.equal(transform(image), reference(image))
+
+
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "none"])
+def test_training_matches_timm(aa: str) -> None:
+    args = dataset_args("", input_size=64, aa=aa)
+    ours = build_transform(True, args)
+    theirs = create_transform(
+        64, is_training=True, color_jitter=0.3, auto_augment=aa if aa != "none" else None,
+        interpolation="random", re_prob=0.9, re_mode="pixel", re_count=2,
+    )  # fmt: skip
+    allow_posterize_to_black(theirs)
+    rng = np.random.default_rng(1)
+    for seed in range(20):
+        image, results = random_image(rng, 90, 70), []
+        for transform in (ours, theirs):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            results.append(transform(image))
+        assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("is_train", [True, False])
