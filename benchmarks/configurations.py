@@ -1,6 +1,6 @@
 """The models that a benchmark compares: timm's dense one and every reduction at every keep rate."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import timm
@@ -118,6 +118,39 @@ def random_images(batch_size: int, img_size: tuple[int, int], setting: Setting) 
     """(B, 3, height, width) of normal noise on the device: the time does not depend on the data."""
     generator = torch.Generator().manual_seed(setting.seed)
     return torch.randn(batch_size, 3, *img_size, generator=generator).to(setting.device)
+
+
+def each_size(
+    choice: Choice,
+    setting: Setting,
+    *,
+    img_sizes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int],
+) -> Iterator[tuple[list[Configuration], Tensor, dict]]:
+    """Goes through image sizes and, within them, batches.
+
+    Args:
+        choice: which models.
+        setting: device and seed.
+        img_sizes: (height, width) in pixels.
+        batch_sizes: images at a time.
+
+    Yields:
+        The configurations, of one size the same; images (B, 3, height, width); and the columns
+        that name the size and the batch.
+
+    Raises:
+        InputError: a model cannot be built.
+    """
+    for img_size in img_sizes:
+        configurations = build_configurations(choice, img_size, setting)
+        for batch_size in batch_sizes:
+            images = random_images(batch_size, img_size, setting)
+            yield (
+                configurations,
+                images,
+                {"size": "x".join(map(str, img_size)), "batch": batch_size},
+            )
 
 
 def topk_rival(configuration: Configuration, configurations: Sequence[Configuration]) -> int | None:

@@ -12,7 +12,7 @@ from .configurations import (
     random_images,
     topk_rival,
 )
-from .report import Column, Report, make_report
+from .report import Column, Report, line_name, make_report
 from .timing import (
     Run,
     Setting,
@@ -100,8 +100,7 @@ def benchmark_model(
                 row |= {"size": "x".join(map(str, img_size)), "batch": batch_size}
                 row |= _speed_columns(index, configurations, times, batch_size)
                 rows.append(row | {"memory_mib": memory[index]})
-                named = {name: row[name] for name in ("reduction", "keep", "size", "batch")}
-                raw.append(named | {"seconds": times[index]})
+                raw.append(line_name(row) | {"seconds": times[index]})
     protocol = PROTOCOL + [BREAK_EVEN_PROTOCOL] * break_even
     return make_report("model", COLUMNS, rows, protocol, raw)
 

@@ -48,6 +48,11 @@ class Report(NamedTuple):
     raw: list[dict]
 
 
+def line_name(row: dict) -> dict:
+    """The columns that tell the lines of a table apart."""
+    return {name: row[name] for name in ("reduction", "keep", "size", "batch")}
+
+
 def make_report(
     what: str, columns: list[Column], rows: list[dict], protocol: list[str], raw: list[dict]
 ) -> Report:

@@ -14,8 +14,8 @@ from models import bat
 from models.grouping import class_token_importance
 from models.reduction import ReducedTokens, StageInputs, reduce_tokens
 
-from .configurations import DENSE, Choice, Configuration, build_configurations, random_images
-from .report import Column, Report, make_report
+from .configurations import DENSE, Choice, Configuration, each_size
+from .report import Column, Report, line_name, make_report
 from .timing import (
     Run,
     Setting,
@@ -24,6 +24,7 @@ from .timing import (
     inference,
     interleaved_times,
     median_ratio,
+    peak_mebibytes,
 )
 
 # A stage alone is launched faster than it is computed only if several calls queue up on a GPU; on
@@ -39,6 +40,8 @@ COLUMNS = [
     Column("forward_ms", 3),
     Column("stages_ms", 3),
     Column("share_all", 4),
+    Column("stage_mib", 2),
+    Column("attention_mib", 2),
 ]
 
 PROTOCOL = [
@@ -48,6 +51,8 @@ PROTOCOL = [
     f"each; on a GPU the mean of {CALLS_ON_GPU} calls counts as one",
     "share_N: median over the rounds of the time of stage N / time of the forward pass; share_all: "
     "of their sum",
+    "stage_mib: largest sum of tensors that the first stage adds to its inputs; attention_mib: the "
+    "same of the attention layer before it; both eager",
 ]
 
 
@@ -95,6 +100,22 @@ def stage_calls(model: nn.Module, images: Tensor, setting: Setting) -> list[Stag
     return [StageCall(*row, *stage) for row, stage in zip(rows, reductions, strict=True)]
 
 
+def first_attention(model: nn.Module, images: Tensor, setting: Setting) -> Run:
+    """The attention layer of the first reducing block, on what a forward pass gives it."""
+    block = model.blocks[model.reduction_loc[0]]
+    inputs: list[Tensor] = []
+    handle = block.norm1.register_forward_hook(lambda *call: inputs.append(call[-1]))
+    with torch.inference_mode(), autocast(setting):
+        model(images)
+    handle.remove()
+
+    def attend() -> Tensor:
+        with torch.inference_mode(), autocast(setting):
+            return block.attn(inputs[0])
+
+    return attend
+
+
 def run_stage(call: StageCall) -> ReducedTokens:
     """One stage as a block runs it: the class token's attention row, then the reduction."""
     row = class_token_importance(call.query, call.keys, call.scale)
@@ -131,18 +152,15 @@ def benchmark_stage(
         InputError: a model cannot be built.
     """
     rows, raw = [], []
-    for img_size in img_sizes:
-        configurations = build_configurations(choice, img_size, setting)
-        for batch_size in batch_sizes:
-            images = random_images(batch_size, img_size, setting)
-            for configuration in configurations:
-                if configuration.reduction == DENSE:
-                    continue
-                row, times = _shares(configuration, images, setting)
-                row |= {"size": "x".join(map(str, img_size)), "batch": batch_size}
-                rows.append(row)
-                named = {name: row[name] for name in ("reduction", "keep", "size", "batch")}
-                raw.append(named | {"forward_seconds": times[0], "stage_seconds": times[1:]})
+    sizes = {"img_sizes": img_sizes, "batch_sizes": batch_sizes}
+    for configurations, images, columns in each_size(choice, setting, **sizes):
+        for configuration in configurations:
+            if configuration.reduction == DENSE:
+                continue
+            row, times = _shares(configuration, images, setting)
+            rows.append(row | columns)
+            seconds = {"forward_seconds": times[0], "stage_seconds": times[1:]}
+            raw.append(line_name(rows[-1]) | seconds)
     num_stages = max(len(entry["stage_seconds"]) for entry in raw)
     shares = [Column(f"share_{number}", 4) for number in range(1, num_stages + 1)]
     return make_report("stage", COLUMNS + shares, rows, PROTOCOL, raw)
@@ -170,4 +188,7 @@ def _shares(
         "share_all": median_ratio(together, forward),
     }
     row |= {f"share_{i + 1}": median_ratio(seconds, forward) for i, seconds in enumerate(stages)}
+    memory = partial(peak_mebibytes, device=setting.device, resident=0)
+    row["stage_mib"] = memory(partial(_stage, run_stage, calls[0], setting))
+    row["attention_mib"] = memory(first_attention(configuration.model, images, setting))
     return row, times

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configurations import Choice, Configuration, build_configurations, random_images
-from .report import Column, Report, make_report
+from .configurations import Choice, Configuration, each_size
+from .report import Column, Report, line_name, make_report
 from .timing import (
     Run,
     Setting,
@@ -66,17 +66,13 @@ def benchmark_train(
         InputError: a model cannot be built.
     """
     rows, raw = [], []
-    for img_size in img_sizes:
-        configurations = build_configurations(choice, img_size, setting)
+    sizes = {"img_sizes": img_sizes, "batch_sizes": batch_sizes}
+    for configurations, images, columns in each_size(choice, setting, **sizes):
         for configuration in configurations:
             configuration.model.train()
-        for batch_size in batch_sizes:
-            images = random_images(batch_size, img_size, setting)
-            for row, seconds in _steps(configurations, images, setting):
-                row |= {"size": "x".join(map(str, img_size)), "batch": batch_size}
-                rows.append(row)
-                named = {name: row[name] for name in ("reduction", "keep", "size", "batch")}
-                raw.append(named | {"seconds": seconds})
+        for row, seconds in _steps(configurations, images, setting):
+            rows.append(row | columns)
+            raw.append(line_name(rows[-1]) | {"seconds": seconds})
     return make_report("train", COLUMNS, rows, PROTOCOL, raw)
 
 
