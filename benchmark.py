@@ -141,7 +141,14 @@ def _choice(args: argparse.Namespace) -> Choice:
     """Which models to compare."""
     names = ("reduction_loc", "cluster_ratio", "match_ratio", "merge_weights")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return Choice(args.model, args.model_kwargs | given, args.reduction, args.keep_rate)
+    return Choice(
+        args.model,
+        args.model_kwargs | given,
+        args.reduction,
+        args.keep_rate,
+        args.input_size,
+        args.batch_size,
+    )
 
 
 def _data_choice(args: argparse.Namespace) -> DataChoice:
@@ -181,12 +188,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> Report:
     if args.what == "data":
         return benchmark_data(_data_choice(args))
     choice, setting = _choice(args), _setting(args, device)
-    sizes = {"img_sizes": args.input_size, "batch_sizes": args.batch_size}
     if args.what == "train":
-        return benchmark_train(choice, setting, **sizes)
+        return benchmark_train(choice, setting)
     if args.what == "stage":
-        return benchmark_stage(choice, setting, **sizes)
-    return benchmark_model(choice, setting, **sizes, break_even=args.break_even)
+        return benchmark_stage(choice, setting)
+    return benchmark_model(choice, setting, break_even=args.break_even)
 
 
 def main(argv: list[str] | None = None) -> int:

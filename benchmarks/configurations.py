@@ -47,12 +47,16 @@ class Choice(NamedTuple):
         keywords: more keywords of the model, without keep rate, reduction and image size.
         reductions: names in REDUCTIONS.
         keep_rates: each in (0, 1].
+        img_sizes: (height, width) in pixels; one group of lines each.
+        batch_sizes: images at a time; one group of lines each.
     """
 
     model: str
     keywords: dict
     reductions: Sequence[str]
     keep_rates: Sequence[float]
+    img_sizes: Sequence[tuple[int, int]] = ((224, 224),)
+    batch_sizes: Sequence[int] = (16,)
 
 
 STAGE_KEYWORDS = ("reduction_loc", "cluster_ratio", "match_ratio", "merge_weights")
@@ -121,19 +125,13 @@ def random_images(batch_size: int, img_size: tuple[int, int], setting: Setting) 
 
 
 def each_size(
-    choice: Choice,
-    setting: Setting,
-    *,
-    img_sizes: Sequence[tuple[int, int]],
-    batch_sizes: Sequence[int],
+    choice: Choice, setting: Setting
 ) -> Iterator[tuple[list[Configuration], Tensor, dict]]:
     """Goes through image sizes and, within them, batches.
 
     Args:
-        choice: which models.
+        choice: which models and sizes.
         setting: device and seed.
-        img_sizes: (height, width) in pixels.
-        batch_sizes: images at a time.
 
     Yields:
         The configurations, of one size the same; images (B, 3, height, width); and the columns
@@ -142,15 +140,12 @@ def each_size(
     Raises:
         InputError: a model cannot be built.
     """
-    for img_size in img_sizes:
+    for img_size in choice.img_sizes:
         configurations = build_configurations(choice, img_size, setting)
-        for batch_size in batch_sizes:
+        for batch_size in choice.batch_sizes:
             images = random_images(batch_size, img_size, setting)
-            yield (
-                configurations,
-                images,
-                {"size": "x".join(map(str, img_size)), "batch": batch_size},
-            )
+            columns = {"size": "x".join(map(str, img_size)), "batch": batch_size}
+            yield configurations, images, columns
 
 
 def topk_rival(configuration: Configuration, configurations: Sequence[Configuration]) -> int | None:

@@ -58,41 +58,29 @@ BREAK_EVEN_PROTOCOL = (
 )
 
 
-def benchmark_model(
-    choice: Choice,
-    setting: Setting,
-    *,
-    img_sizes: Sequence[tuple[int, int]],
-    batch_sizes: Sequence[int],
-    break_even: bool,
-) -> Report:
-    """Measures inference of every configuration.
+def benchmark_model(choice: Choice, setting: Setting, *, break_even: bool) -> Report:
+    """Measures inference of every configuration: a line per size, batch and configuration.
 
     Args:
-        choice: which models.
+        choice: which models and sizes.
         setting: how they run.
-        img_sizes: (height, width) in pixels; one group of lines each.
-        batch_sizes: images at a time; one group of lines each.
         break_even: search the smallest batch at which a model is faster than the dense one.
-
-    Returns:
-        One line per size, batch and configuration.
 
     Raises:
         InputError: a model cannot be built.
     """
     rows, raw = [], []
-    for img_size in img_sizes:
+    for img_size in choice.img_sizes:
         configurations = build_configurations(choice, img_size, setting)
         per_model = _latencies(configurations, img_size, setting)
         if break_even:
             found = [
-                _break_even(configurations[0], other, img_size, setting, max(batch_sizes))
+                _break_even(configurations[0], other, img_size, setting, max(choice.batch_sizes))
                 for other in configurations[1:]
             ]
             for columns, batch in zip(per_model[1:], found, strict=True):
                 columns["break_even"] = str(batch or "none")
-        for batch_size in batch_sizes:
+        for batch_size in choice.batch_sizes:
             images = random_images(batch_size, img_size, setting)
             times, memory = _throughputs(configurations, images, setting)
             for index, configuration in enumerate(configurations):

@@ -1,7 +1,7 @@
 """`--what stage`: how much of a forward pass the reduction stages take."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -130,30 +130,14 @@ def _stage(function: Callable, call: StageCall, setting: Setting) -> ReducedToke
         return function(call)
 
 
-def benchmark_stage(
-    choice: Choice,
-    setting: Setting,
-    *,
-    img_sizes: Sequence[tuple[int, int]],
-    batch_sizes: Sequence[int],
-) -> Report:
-    """Measures the stages of every reducing configuration.
-
-    Args:
-        choice: which models.
-        setting: how they run.
-        img_sizes: (height, width) in pixels; one group of lines each.
-        batch_sizes: images at a time; one group of lines each.
-
-    Returns:
-        One line per size, batch and configuration.
+def benchmark_stage(choice: Choice, setting: Setting) -> Report:
+    """Measures the stages: a line per size, batch and reducing configuration.
 
     Raises:
         InputError: a model cannot be built.
     """
     rows, raw = [], []
-    sizes = {"img_sizes": img_sizes, "batch_sizes": batch_sizes}
-    for configurations, images, columns in each_size(choice, setting, **sizes):
+    for configurations, images, columns in each_size(choice, setting):
         for configuration in configurations:
             if configuration.reduction == DENSE:
                 continue

@@ -44,30 +44,14 @@ PROTOCOL = [
 ]
 
 
-def benchmark_train(
-    choice: Choice,
-    setting: Setting,
-    *,
-    img_sizes: Sequence[tuple[int, int]],
-    batch_sizes: Sequence[int],
-) -> Report:
-    """Measures training steps of every configuration.
-
-    Args:
-        choice: which models.
-        setting: how they run.
-        img_sizes: (height, width) in pixels; one group of lines each.
-        batch_sizes: images of a step; one group of lines each.
-
-    Returns:
-        One line per size, batch and configuration.
+def benchmark_train(choice: Choice, setting: Setting) -> Report:
+    """Measures training steps of every configuration: a line per size, batch and configuration.
 
     Raises:
         InputError: a model cannot be built.
     """
     rows, raw = [], []
-    sizes = {"img_sizes": img_sizes, "batch_sizes": batch_sizes}
-    for configurations, images, columns in each_size(choice, setting, **sizes):
+    for configurations, images, columns in each_size(choice, setting):
         for configuration in configurations:
             configuration.model.train()
         for row, seconds in _steps(configurations, images, setting):

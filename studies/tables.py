@@ -15,12 +15,12 @@ from .plan import (
     DEFAULT_RATIOS,
     DENSE,
     RATIO_RATE,
-    SCRATCH_RATE,
     TUNED_DENSE,
     Run,
     ablation_rows,
     all_runs,
     ratio_run,
+    scratch_runs,
     with_seeds,
 )
 from .presets import ALL_KEEP_RATES, ALL_METHODS, CLUSTER_RATIOS, MATCH_RATIOS, Preset
@@ -70,31 +70,25 @@ def main_table(preset: Preset, results: Results, reasons: Reasons) -> list[dict]
         | _difference_columns(None, "to_evit")
         for label, run in (("dense, before", DENSE), ("dense, fine-tuned alike", TUNED_DENSE))
     ]
-    for rate in preset.keep_rates:
-        for method in preset.methods:
-            run, rival = Run(method, rate), Run(RIVAL, rate)
-            found = compare_runs(run, rival, preset, results) if method != RIVAL else None
-            rows.append(
-                {"label": METHODS[method][0], "reduction": method, "keep_rate": rate}
-                | _summary(run, preset, results, reasons)
-                | _difference_columns(found, "to_evit")
-            )
-    return rows
+    runs = [Run(method, rate) for rate in preset.keep_rates for method in preset.methods]
+    return rows + [_against_rival(run, preset, results, reasons) for run in runs]
 
 
 def scratch_table(preset: Preset, results: Results, reasons: Reasons) -> list[dict]:
     """BAT and EViT trained from scratch."""
-    rows = []
-    rival = Run(RIVAL, SCRATCH_RATE, is_tuned=False)
-    for method in ("bat", RIVAL):
-        run = rival._replace(reduction=method)
-        found = compare_runs(run, rival, preset, results) if method != RIVAL else None
-        rows.append(
-            {"label": METHODS[method][0], "reduction": method, "keep_rate": SCRATCH_RATE}
-            | _summary(run, preset, results, reasons)
-            | _difference_columns(found, "to_evit")
-        )
-    return rows
+    return [_against_rival(run, preset, results, reasons) for run in scratch_runs()]
+
+
+def _against_rival(run: Run, preset: Preset, results: Results, reasons: Reasons) -> dict:
+    """A method's row, with its difference to EViT trained in the same way."""
+    rival = run._replace(reduction=RIVAL)
+    found = compare_runs(run, rival, preset, results) if run != rival else None
+    label = METHODS[run.reduction][0]
+    return (
+        {"label": label, "reduction": run.reduction, "keep_rate": run.keep_rate}
+        | _summary(run, preset, results, reasons)
+        | _difference_columns(found, "to_evit")
+    )
 
 
 def ablation_table(preset: Preset, results: Results, reasons: Reasons) -> list[dict]:
