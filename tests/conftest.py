@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small
 
 import contextlib
 import io
+import json
 import random
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import main
 import models  # noqa: F401 (registers the models)
@@ -102,6 +103,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def draw_batch(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def write_images(root: Path, classes: dict[str, tuple[int, int, int]], *, size: int = 32) -> Path:
     """An ImageFolder in which a class is a colour; every image has noise of its own."""
     rng = np.random.default_rng(0)
@@ -147,6 +153,11 @@ class Run(NamedTuple):
     folder: Path
     flags: list[str]
     output: str
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Every line of log.txt."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -1,214 +1,26 @@
-"""Learning rates, steps and their options, and several processes against one."""
+"""Steps, targets and evaluation with their options, and several processes against one."""
 
 import json
 import math
-import os
-import subprocess
-from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    PLAIN_FLAGS,
-    REPOSITORY,
-    RUN_FLAGS,
-    TINY_FLAGS,
-    RunMain,
-    build_tiny,
-)
+from conftest import PLAIN_FLAGS, RUN_FLAGS, TINY_FLAGS, RunMain, build_tiny
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from training_helpers import CPU, Task, parse
 
-from arguments import check_args, get_args_parser
-from builders import AMP_DTYPES, build_criterion, build_mixup, build_state
-from engine import (
-    DivergenceError,
-    TrainOptions,
-    TrainState,
-    evaluate,
-    num_training_steps,
-    shrunk_keep_rate,
-    train_one_epoch,
-)
+from builders import AMP_DTYPES, build_criterion, build_mixup
+from engine import DivergenceError, TrainState, evaluate, num_training_steps
 from main import train_options
 from utils import InputError
 
-CPU = torch.device("cpu")
-RELEASED = json.loads((Path(__file__).parent / "fixtures" / "released_lrs.json").read_text())
 SGD = ["--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--unscale-lr"]
 
 
-# Learning rates ---------------------------------------------------------------------------------
-
-
-def recipe_flags(keep_rate: str, folder: Path, gpus: int = 1, most: int = 64) -> list[str]:
-    """The flags that a recipe's script hands to main.py, caught by programs of the same names."""
-    name = "train_keep0.7" if keep_rate == "0.7" else f"finetune_keep{keep_rate}"
-    for program in ("python", "torchrun"):
-        stub = folder / program
-        stub.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
-        stub.chmod(0o755)
-    settings = {"GPUS": str(gpus), "MAX_BATCH": str(most), "VENV": str(folder / "none")}
-    done = subprocess.run(
-        ["bash", f"scripts/{name}.sh"],
-        cwd=REPOSITORY,
-        env=os.environ | settings | {"PATH": f"{folder}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    words = done.stdout.splitlines()
-    assert str(folder / ("python" if gpus == 1 else "torchrun")) in words
-    return words[words.index("main.py") + 1 :]
-
-
-def parse(flags: list[str]) -> Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(flags)
-    check_args(parser, args)
-    return args
-
-
-@pytest.mark.parametrize("keep_rate", RELEASED)
-def test_recipes_have_the_released_learning_rates(keep_rate: str, tmp_path: Path) -> None:
-    args = parse(recipe_flags(keep_rate, tmp_path))
-    assert args.keep_rate == [float(keep_rate)] and args.shrink_epochs == 0
-    assert bool(args.finetune) == (keep_rate != "0.7")
-    assert args.batch_size * args.accum_steps == (2048 if keep_rate == "0.7" else 1024)
-    state = build_state(args, build_tiny(), CPU)
-    rates = []
-    for epoch in range(args.epochs):  # as main.run_training does, without the training
-        rates.append(state.optimizer.param_groups[0]["lr"])
-        assert all(group["lr"] == rates[-1] for group in state.optimizer.param_groups)
-        state.scheduler.step(epoch)
-    released = RELEASED[keep_rate]
-    assert args.epochs == released["epochs"] == len(released["lr_by_epoch"])
-    # The file is rounded to six decimals.
-    assert rates == pytest.approx(released["lr_by_epoch"], rel=0, abs=0.5e-6 + 1e-12)
-    assert max(rates) == pytest.approx(2e-3 if keep_rate == "0.7" else 4e-5, rel=1e-3)
-
-
-@pytest.mark.parametrize(("gpus", "most"), [(2, 256), (3, 128), (8, 256), (16, 256), (5, 100)])
-def test_recipes_keep_their_total_batch(gpus: int, most: int, tmp_path: Path) -> None:
-    for keep_rate, total in (("0.7", 2048), ("0.3", 1024)):
-        if total % gpus:
-            with pytest.raises(subprocess.CalledProcessError) as refused:
-                recipe_flags(keep_rate, tmp_path, gpus, most)
-            assert refused.value.returncode == 2
-            continue
-        args = parse(recipe_flags(keep_rate, tmp_path, gpus, most))
-        assert args.batch_size * args.accum_steps * gpus == total
-        assert args.batch_size <= most
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--lr", "1e-3", "--batch-size", "128"], 2.5e-4),
-        (["--lr", "1e-3", "--batch-size", "64", "--accum-steps", "16"], 2e-3),
-        (["--lr", "1e-3", "--batch-size", "128", "--unscale-lr"], 1e-3),
-    ],
-)
-def test_learning_rate_follows_the_total_batch(flags: list[str], expected: float) -> None:
-    state = build_state(parse([*flags, "--warmup-epochs", "0"]), build_tiny(), CPU)
-    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-
-
-# Keep rates while they shrink -------------------------------------------------------------------
-
-
-def test_shrinking_follows_evits_cosine() -> None:
-    settings = {"keep_rates": (0.7, 0.25), "start_epoch": 10, "shrink_epochs": 40}
-    assert shrunk_keep_rate(0, **settings) == shrunk_keep_rate(9.99, **settings) == (1.0, 1.0)
-    assert shrunk_keep_rate(50, **settings) == shrunk_keep_rate(99, **settings) == (0.7, 0.25)
-    assert shrunk_keep_rate(30, **settings) == (0.85, 0.625)
-    assert shrunk_keep_rate(20, **settings)[0] == 0.957  # 0.7 + 0.3 * (1 + sqrt(1/2)) / 2, up
-    before = (1.0, 1.0)
-    for step in range(0, 6000):
-        epochs_done = step / 100
-        rates = shrunk_keep_rate(epochs_done, **settings)
-        progress = min(max((epochs_done - 10) / 40, 0), 1)
-        for final, rate, past in zip((0.7, 0.25), rates, before, strict=True):
-            exact = final + (1 - final) * (math.cos(math.pi * progress) + 1) / 2
-            assert exact - 1e-9 <= rate < exact + 0.001 + 1e-9
-            assert final <= rate <= past <= 1
-            assert round(rate, 3) == rate, "thousandths: few graphs, few shapes"
-        before = rates
-
-
-def test_no_shrinking_is_the_keep_rate_at_once() -> None:
-    assert shrunk_keep_rate(0, [0.5], start_epoch=10, shrink_epochs=0) == (0.5,)
-    assert shrunk_keep_rate(0, [0.5], start_epoch=0, shrink_epochs=2) == (1.0,)
-
-
-@pytest.mark.parametrize("by_step", [True, False])
-def test_keep_rate_shrinks_by_step_or_by_epoch(by_step: bool) -> None:
-    task = Task(["--batch-size", "16", "--epochs", "3"])
-    task.state.epoch = 1
-    seen = []
-
-    def note(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        seen.append((task.state.model.keep_rates, task.state.ema.module.keep_rates))
-        return F.cross_entropy(logits, targets)
-
-    task.train(
-        criterion=note,
-        keep_rate_at=lambda done: (1 - done / 10, 1 - done / 20),
-        shrink_by_step=by_step,
-    )
-    done = [1 + step / 4 if by_step else 1 for step in range(4)]
-    expected = [pytest.approx((1 - value / 10, 1 - value / 20)) for value in done]
-    assert [model for model, _ in seen] == [average for _, average in seen] == expected
-
-
 # Steps ------------------------------------------------------------------------------------------
-
-
-class Task:
-    """A small model, 64 images in memory whose class is their colour, and the settings."""
-
-    def __init__(self, flags: list[str], **model_changes: object) -> None:
-        self.args = parse([*TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--warmup-epochs", "0", *flags])
-        self.model = build_tiny(keep_rate=0.5, **model_changes)
-        self.state = build_state(self.args, self.model, CPU)
-        generator = torch.Generator().manual_seed(0)
-        self.targets = torch.arange(64) % 4
-        colours = torch.randn(4, 3, 1, 1, generator=generator)[self.targets]
-        self.images = colours + torch.randn(64, 3, 32, 32, generator=generator)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        size = self.args.batch_size
-        for start in range(0, 64, size):
-            chosen = slice(start, start + size)
-            # Mixup writes into the images.
-            images, targets = self.images[chosen].clone(), self.targets[chosen]
-            yield images, targets, torch.zeros_like(targets)
-
-    def train(self, criterion=None, *, mixup=None, after_update=None, **options) -> dict:
-        """One epoch; options are those of TrainOptions beside the flags' own."""
-        settings = {
-            "amp_dtype": AMP_DTYPES[self.args.amp],
-            "accum_steps": self.args.accum_steps,
-            "clip_grad": self.args.clip_grad,
-            "print_freq": 100,
-        }
-        return train_one_epoch(
-            self.state,
-            self.model,
-            criterion or (lambda images, logits, targets: F.cross_entropy(logits, targets)),
-            self.batches(),
-            device=CPU,
-            num_steps=64 // self.args.batch_size,
-            options=TrainOptions(**settings | options),
-            mixup=mixup,
-            after_update=after_update,
-        )
-
-    def next_epoch(self) -> None:
-        self.state.epoch, self.state.step, self.state.metrics = self.state.epoch + 1, 0, {}
 
 
 @pytest.mark.parametrize("method", ["bat", "evit", "topk"])
