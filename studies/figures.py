@@ -34,7 +34,8 @@ def plot_ablation(rows: Sequence[Mapping]) -> Figure:
         values = [row["acc1"] for row in own]
         errors = [row["difference_error"] or 0 for row in own]
         axes.bar(at, values, 0.92 * width, color=BAR_COLOURS[index], label=label)
-        axes.errorbar(at, values, errors, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
+        if any(errors):
+            axes.errorbar(at, values, errors, fmt="none", ecolor="#333333", capsize=2)
         for x, value, error in zip(at, values, errors, strict=True):
             axes.annotate(
                 f"{value:.1f}", (x, value + error), xytext=(0, 2), textcoords="offset points",
@@ -45,8 +46,9 @@ def plot_ablation(rows: Sequence[Mapping]) -> Figure:
     axes.set_ylim(min(shown) - spread, max(shown) + 0.6 * spread)
     axes.set_xticks(range(len(rates)), [f"keep rate {rate:g}" for rate in rates])
     axes.grid(False, axis="x")
-    axes.set_ylabel("Acc@1 (%)")
-    figure.legend(loc="outside lower center", ncols=2)
+    axes.set_ylabel("Acc@1 (%), cut axis")
+    title = "whiskers: standard error of the difference to importance alone"
+    figure.legend(loc="outside lower center", ncols=2, title=title)
     return figure
 
 
