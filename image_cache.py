@@ -24,7 +24,7 @@ from torchvision import transforms
 from datasets import CROP_PADDING, SampleDataset, is_small_input
 from images import ResizeToCover
 from samplers import EvalSampler, TrainSampler
-from utils import InputError, barrier, is_main_process, logger
+from utils import InputError, barrier, get_rank, logger
 
 Batch = tuple[Tensor, Tensor, Tensor]
 AUGMENTATION_STREAM = 0x5DEECE66D  # sets the draws of an epoch apart from its shuffle
@@ -54,8 +54,10 @@ def check_cacheable(args: Namespace) -> None:
     wanted = []
     if args.aa not in (None, "", "none"):
         wanted.append("--aa none")
-    wanted += [f"--{name.replace('_', '-')} 0" for name in ("color_jitter", "reprob")
-               if getattr(args, name)]  # fmt: skip
+    if args.color_jitter:
+        wanted.append("--color-jitter 0")
+    if args.reprob:
+        wanted.append("--reprob 0")
     if not (args.src or is_small_input(args.input_size)):
         wanted.append("--src")
     if wanted:
@@ -65,19 +67,20 @@ def check_cacheable(args: Namespace) -> None:
 
 
 def cached_images(
-    folder: str | Path, dataset: SampleDataset, name: str, crop_ratio: float
+    args: Namespace, dataset: SampleDataset, is_train: bool, device: torch.device
 ) -> np.ndarray:
     """Opens the file of a data set's decoded images, after making it if it is not there.
 
-    An image is resized to cover (H / crop_ratio, W / crop_ratio) and cropped to the (H, W) of the
-    data set's inputs from its centre. The file's name says which files, of which sizes and times,
-    it was made from.
+    An image is resized to cover (H / ratio, W / ratio) and cropped to the (H, W) of the data set's
+    inputs from its centre; the ratio is 1 in training and for small inputs, else eval_crop_ratio.
+    The file's name says which files, of which sizes and times, it was made from. The first process
+    of each machine makes it, the others wait.
 
     Args:
-        folder: where the file is, or is put.
+        args: reads image_cache, input_size and eval_crop_ratio.
         dataset: whose images to decode.
-        name: first word of the file's name.
-        crop_ratio: share of the resized image that the crop keeps, in (0, 1].
+        is_train: the training or the validation set.
+        device: over which the processes agree.
 
     Returns:
         (images, 3, H, W) uint8, memory-mapped; what is written to it stays in this process.
@@ -87,19 +90,20 @@ def cached_images(
         BadImageError: an image cannot be read.
     """
     rows, cols = dataset.image_size
+    crop_ratio = 1.0 if is_train or is_small_input(args.input_size) else args.eval_crop_ratio
     stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
     facts = [digest_dataset(dataset), rows, cols, crop_ratio]
     facts += [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    path = Path(folder) / f"{name}-{rows}x{cols}-{digest}.npy"
-    if is_main_process() and not path.exists():
+    path = Path(args.image_cache) / f"{'train' if is_train else 'val'}-{rows}x{cols}-{digest}.npy"
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
         logger.info(f"decoding {len(dataset)} images into {path}")
         try:
             _decode(dataset, crop_ratio, path)
         except OSError as problem:
             reason = problem.strerror or problem
             raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
-    barrier(torch.device("cpu"))
+    barrier(device)
     return np.load(path, mmap_mode="c")
 
 
@@ -108,7 +112,7 @@ def _decode(dataset: SampleDataset, crop_ratio: float, path: Path) -> None:
     rows, cols = dataset.image_size
     cover = ResizeToCover((int(rows / crop_ratio), int(cols / crop_ratio)))
     crop = transforms.Compose([cover, transforms.CenterCrop((rows, cols))])
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{get_rank()}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = open_memmap(partial, "w+", np.uint8, (len(dataset), 3, rows, cols))
@@ -228,9 +232,7 @@ def build_cached_loader(
         BadImageError: an image cannot be read.
     """
     check_cacheable(args)
-    trains = isinstance(sampler, TrainSampler)
-    ratio = 1.0 if trains or is_small_input(args.input_size) else args.eval_crop_ratio
-    pixels = cached_images(args.image_cache, dataset, "train" if trains else "val", ratio)
+    pixels = cached_images(args, dataset, isinstance(sampler, TrainSampler), device)
     # On the CPU the file itself is the memory, shared by all processes that read it.
     images = torch.from_numpy(pixels).to(device)
     return CachedLoader(images, torch.from_numpy(dataset.targets), sampler, args.batch_size)

@@ -29,6 +29,7 @@ from utils import (
     is_main_process,
     logger,
     read_log,
+    write_atomically,
 )
 
 
@@ -153,10 +154,9 @@ class Recorder:
 
     def save_hits(self, hits: Tensor) -> None:
         """Writes correct.npy: (images,) bool, which images the validated weights get right."""
-        partial = self.folder / "correct.partial.npy"
-        with _naming(self.folder):
-            np.save(partial, hits.numpy())
-            partial.replace(self.folder / "correct.npy")
+        path = self.folder / "correct.npy"
+        with _naming(path):
+            write_atomically(path, lambda file: np.save(file, hits.numpy()))
 
     def close(self) -> None:
         """Closes the TensorBoard file; `log_epoch` has written all that there is to write."""

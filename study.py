@@ -29,7 +29,14 @@ from studies.report import write_report
 from studies.results import load_result
 from studies.runner import Job, Outcome, Runner
 from studies.scores import DATA_FILE, GROUPS, scores_folder
-from utils import InputError, git_hash, init_process, logger, setup_logging
+from utils import (
+    InputError,
+    git_hash,
+    init_process,
+    logger,
+    setup_logging,
+    write_atomically,
+)
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 75
@@ -67,14 +74,18 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
-def check_data(args: Namespace, preset: Preset, folder: Path) -> tuple[SampleDataset, ...]:
+def check_data(args: Namespace, preset: Preset, dense: Namespace) -> tuple[SampleDataset, ...]:
     """The training and the validation set.
+
+    Args:
+        args: of `study.py`.
+        preset: its sizes.
+        dense: arguments of the dense run.
 
     Raises:
         InputError: one is missing, incomplete, or smaller than the preset wants.
     """
-    words = run_command(DENSE, preset, data_path=args.data_path, folder=folder, device="cpu")
-    train, val, _ = build_datasets(get_args_parser().parse_args(words[1:]))
+    train, val, _ = build_datasets(dense)
     if args.num_images is not None:
         parts = "train", "val"
         for part, dataset, expected in zip(parts, (train, val), args.num_images, strict=True):
@@ -119,9 +130,8 @@ def open_study(folder: Path, about: dict) -> None:
 
 def save_about(folder: Path, about: dict) -> None:
     """Writes study.json whole or not at all."""
-    partial_path = folder / f"{DATA_FILE}.partial"
-    partial_path.write_text(json.dumps(about, indent=2) + "\n")
-    partial_path.replace(folder / DATA_FILE)
+    text = json.dumps(about, indent=2) + "\n"
+    write_atomically(folder / DATA_FILE, lambda file: file.write(text.encode()))
 
 
 def make_jobs(args: Namespace, preset: Preset, folder: Path, device: str) -> list[Job]:
@@ -191,14 +201,16 @@ def run_study(args: Namespace) -> tuple[Outcome, Path]:
     deadline = begin + 60 * args.stop_after if args.stop_after else float("inf")
     preset = choose_preset(args.preset, args.budget_minutes)
     wanted = args.device or preset.device
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
+    if args.device is None and wanted == "cuda" and not torch.cuda.is_available():
         raise InputError(f"preset {preset.name} needs a GPU, and there is none: try --preset cpu")
     device = init_process(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     slots = args.jobs or preset.jobs or cores
     threads = max(1, cores // slots)
     folder = Path(args.output_dir)
-    train, val = check_data(args, preset, folder)
+    words = run_command(DENSE, preset, data_path=args.data_path, folder=folder, device=wanted)
+    dense = get_args_parser().parse_args(words[1:])
+    train, val = check_data(args, preset, dense)
     check_writable(folder)
     about = {
         "title": args.title,
@@ -215,8 +227,8 @@ def run_study(args: Namespace) -> tuple[Outcome, Path]:
     }
     open_study(folder, about)
     logger.info(describe_preset(preset, slots, threads))
-    for name, dataset in (("train", train), ("val", val)):
-        cached_images(folder / "images", dataset, name, 1.0)
+    for dataset, is_train in ((train, True), (val, False)):
+        cached_images(dense, dataset, is_train, device)  # once, before any run wants them
     outcome = Runner(slots, threads=threads, deadline=deadline).run(
         make_jobs(args, preset, folder, wanted)
     )

@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import numpy as np
 import torch
@@ -332,6 +333,21 @@ def _memory() -> str:
     if not torch.cuda.is_available():
         return ""
     return f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file that is there whole or not at all, even if the process is killed.
+
+    Args:
+        path: the file to make or replace.
+        write: called with the open binary file.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def git_hash() -> str:

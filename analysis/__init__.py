@@ -2,24 +2,8 @@
 
 import csv
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file that is there whole or not at all, even if the process is killed.
-
-    Args:
-        path: the file to make or replace.
-        write: called with the open binary file.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

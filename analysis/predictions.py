@@ -9,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from analysis import write_atomically
 from engine import BatchScores
-from utils import InputError
+from utils import InputError, write_atomically
 
 _ARRAYS = ("predicted", "correct1", "correct5", "is_bad")
 

@@ -1,6 +1,5 @@
 """The runs of a study, and the commands that make them."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,13 +51,9 @@ TUNED_DENSE = Run("none", 1.0)  # what as much more training does to a model tha
 
 def main_runs(preset: Preset) -> list[Run]:
     """Every method at every keep rate and the dense model, fine-tuned from the same weights."""
-    return [TUNED_DENSE] + [
-        Run(method, rate, seed)
-        for seed in range(preset.seeds)
-        for rate in preset.keep_rates
-        for method in preset.methods
-        if seed == 0 or rate in SEEDED_RATES
-    ]
+    runs = [Run(method, rate) for rate in preset.keep_rates for method in preset.methods]
+    seeded = [run for first in [TUNED_DENSE, *runs] for run in with_seeds(first, preset)]
+    return sorted(seeded, key=lambda run: run.seed)  # a table is whole before the next seed's
 
 
 def scratch_runs() -> list[Run]:
@@ -112,7 +107,7 @@ def epochs_of(run: Run, preset: Preset) -> int:
 
 
 def run_command(
-    run: Run, preset: Preset, *, data_path: str, folder: Path, device: str, print_freq: int = 20
+    run: Run, preset: Preset, *, data_path: str, folder: Path, device: str
 ) -> list[str]:
     """The words of the `main.py` command that makes a run, or goes on with it.
 
@@ -126,11 +121,10 @@ def run_command(
         data_path: folder with train/ and val/.
         folder: of the study.
         device: as for `main.py`.
-        print_freq: steps between progress lines.
     """
     epochs = epochs_of(run, preset)
     mix = preset.mixup and not run.is_tuned
-    words: Iterable[object] = [
+    words: list[object] = [
         "main.py", "--model", "bat_deit_tiny_patch16_224", "--input-size", preset.input_size,
         "--model-kwargs", f"patch_size={preset.patch_size}", f"embed_dim={preset.embed_dim}",
         f"depth={preset.depth}", f"num_heads={preset.num_heads}",
@@ -144,7 +138,7 @@ def run_command(
         "--batch-size", preset.batch_size, "--epoch-images", preset.epoch_images,
         "--epochs", epochs, "--eval-interval", epochs, "--unscale-lr",
         "--opt", "adamw", "--sched", "cosine", "--no-model-ema", "--seed", run.seed,
-        "--amp", preset.amp, "--device", device, "--num-workers", 0, "--print-freq", print_freq,
+        "--amp", preset.amp, "--device", device, "--num-workers", 0, "--print-freq", 20,
         "--resume", "auto", "--output-dir", folder / "runs" / run.name,
     ]  # fmt: skip
     if run.is_tuned:

@@ -21,7 +21,7 @@ from checkpoints import load_checkpoint, load_weights, model_weights
 from datasets import build_dataset
 from models import BATVisionTransformer
 from recorder import check_writable
-from utils import init_process, setup_logging
+from utils import init_process, setup_logging, write_atomically
 
 from .plan import DENSE, RATIO_RATE, Run, run_command, shelf_runs
 from .presets import CLUSTER_RATIOS, MATCH_RATIOS, Preset, load_preset
@@ -132,9 +132,8 @@ def score_group(group: str, folder: Path, preset: Preset, data_path: str, device
         save_every=5,
     )
     rows = summarize(predictions, models, configurations)
-    partial = target / "scores.json.partial"
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    partial.replace(target / "scores.json")
+    text = json.dumps(rows, indent=1) + "\n"
+    write_atomically(target / "scores.json", lambda file: file.write(text.encode()))
 
 
 def load_scores(folder: Path, group: str) -> Scores | None:

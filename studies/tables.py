@@ -5,6 +5,7 @@ where there are several, over the validation images where there is one (`error_o
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -114,31 +115,32 @@ def ratio_table(preset: Preset, results: Results, scores: Scores | None) -> list
     rows = []
     default = Run("bat", RATIO_RATE)
     base = scores.find(ratio_label(DEFAULT_RATIOS), "bat", RATIO_RATE) if scores else None
-    for match in MATCH_RATIOS:
-        for cluster in CLUSTER_RATIOS:
-            pair = cluster, match
-            row = {"cluster_ratio": cluster, "match_ratio": match}
-            index = scores.find(ratio_label(pair), "bat", RATIO_RATE) if scores else None
-            shelf = None
-            if index is not None and index != base:
-                shelf = paired_difference(scores.correct[index], scores.correct[base])
-            row["shelf_acc1"] = scores.rows[index]["acc1"] if index is not None else None
-            row |= {
-                "shelf_to_default": shelf.value if shelf else None,
-                "shelf_error": shelf.error if shelf else None,
-            }
-            run = ratio_run(pair)
-            tuned = results.get(run)
-            found = None
-            if tuned and default in results and run != default:
-                found = difference([tuned], [results[default]])
-            row["tuned_acc1"] = tuned.acc1 if tuned else None
-            row |= {
-                "tuned_to_default": found.value if found else None,
-                "tuned_error": found.error if found else None,
-            }
-            rows.append(row)
+    for match, cluster in product(MATCH_RATIOS, CLUSTER_RATIOS):
+        index = scores.find(ratio_label((cluster, match)), "bat", RATIO_RATE) if scores else None
+        acc1 = found = None
+        if index is not None:
+            acc1 = scores.rows[index]["acc1"]
+            if index != base:
+                found = paired_difference(scores.correct[index], scores.correct[base])
+        row = {"cluster_ratio": cluster, "match_ratio": match}
+        row |= _default_columns("shelf", acc1, found)
+        run = ratio_run((cluster, match))
+        acc1 = found = None
+        if run in results:
+            acc1 = results[run].acc1
+            if run != default and default in results:
+                found = difference([results[run]], [results[default]])
+        rows.append(row | _default_columns("tuned", acc1, found))
     return rows
+
+
+def _default_columns(prefix: str, acc1: float | None, found: Difference | None) -> dict:
+    """Accuracy of a pair of ratios, and its difference to the default pair."""
+    return {
+        f"{prefix}_acc1": acc1,
+        f"{prefix}_to_default": found.value if found else None,
+        f"{prefix}_error": found.error if found else None,
+    }
 
 
 def shelf_table(scores: Scores | None) -> list[dict]:

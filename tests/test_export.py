@@ -16,7 +16,9 @@ from models import BATVisionTransformer
 from models.reduction import bat_assignment
 
 HAS_ONNX = all(export.is_installed(name) for name in export.EXTRAS)
-needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs requirements-export.txt")
+needs_onnx = pytest.mark.skipif(
+    not HAS_ONNX, reason="optional: pip install -r requirements-export.txt"
+)
 FORMATS = ["pt2", pytest.param("onnx", marks=needs_onnx)]
 KEEP_RATES = (0.7, 0.4, 0.1)
 CASES = [("pt2", rate) for rate in (KEEP_RATES[:1] if HAS_ONNX else KEEP_RATES)]

@@ -1,6 +1,7 @@
 """The image cache: the same pixels as the ordinary loader, and augmentation that a key decides."""
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -91,19 +92,25 @@ def test_an_epoch_can_be_entered_in_its_middle():
 
 
 def test_the_file_is_made_once_and_anew_when_the_data_change(data_path, tmp_path):
-    dataset, _ = build_dataset(False, cache_args(data_path, tmp_path))
-    first = cached_images(tmp_path, dataset, "val", 1.0)
-    (path,) = tmp_path.glob("val-32x32-*.npy")
+    args = cache_args(tmp_path / "images", tmp_path / "cache")
+    shutil.copytree(data_path, tmp_path / "images")
+    dataset, _ = build_dataset(False, args)
+    first = cached_images(args, dataset, False, CPU)
+    (path,) = (tmp_path / "cache").glob("val-32x32-*.npy")
     made = path.stat().st_mtime_ns
-    assert np.array_equal(cached_images(tmp_path, dataset, "val", 1.0), first)
+    assert np.array_equal(cached_images(args, dataset, False, CPU), first)
     assert path.stat().st_mtime_ns == made
-    cached_images(tmp_path, dataset, "val", 0.5)
-    assert len(list(tmp_path.iterdir())) == 2
+    changed, _ = dataset.source.samples[3]
+    random_image(np.random.default_rng(0), 32, 32).save(changed)
+    again = cached_images(args, dataset, False, CPU)
+    differing = [i for i in range(len(first)) if not np.array_equal(again[i], first[i])]
+    assert differing == [3] and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_images_go_into_the_right_rows(data_path, tmp_path):
-    dataset, _ = build_dataset(False, cache_args(data_path, tmp_path))
-    pixels = cached_images(tmp_path, dataset, "val", 1.0)
+    args = cache_args(data_path, tmp_path)
+    dataset, _ = build_dataset(False, args)
+    pixels = cached_images(args, dataset, False, CPU)
     for index in (0, 7, 23):
         image, _ = dataset.source[index]
         assert np.array_equal(pixels[index], np.asarray(image).transpose(2, 0, 1))
@@ -160,3 +167,25 @@ def test_training_from_the_cache(call_main, data_path, tmp_path):
     assert 100 * correct.mean() == pytest.approx(logs[0][-1]["test_acc1"])
     checkpoint = torch.load(whole / "checkpoint.pth", weights_only=True)
     assert checkpoint["updates"] == 3 * 32 // 8
+
+
+def test_two_processes_share_the_cache(run_main, data_path, tmp_path):
+    flags = [
+        *TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--data-path", data_path, "--epochs", 2,
+        "--image-cache", tmp_path / "cache", "--no-repeated-aug", "--warmup-epochs", 0,
+        "--lr", "2e-3", "--unscale-lr", "--no-model-ema",
+    ]  # fmt: skip
+    logs = []
+    for batch_size, launcher in (
+        (16, ()), (8, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")),
+    ):  # fmt: skip
+        folder = tmp_path / str(batch_size)
+        result = run_main(
+            *flags, "--batch-size", batch_size, "--output-dir", folder, launcher=launcher
+        )
+        assert result.returncode == 0, result.stderr
+        logs.append([json.loads(line) for line in (folder / "log.txt").read_text().splitlines()])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    for alone, shared in zip(*logs, strict=True):
+        assert shared["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-5)
+        assert shared["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)

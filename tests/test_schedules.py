@@ -25,9 +25,9 @@ def recipe_flags(keep_rate: str, folder: Path, gpus: int = 1, most: int = 64) ->
     """The flags that a recipe's script hands to main.py, caught by programs of the same names."""
     name = "train_keep0.7" if keep_rate == "0.7" else f"finetune_keep{keep_rate}"
     for program in ("python", "torchrun"):
-        stub = folder / program
-        stub.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
-        stub.chmod(0o755)
+        catcher = folder / program
+        catcher.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
+        catcher.chmod(0o755)
     settings = {"GPUS": str(gpus), "MAX_BATCH": str(most), "VENV": str(folder / "none")}
     done = subprocess.run(
         ["bash", f"scripts/{name}.sh"],
