@@ -1,49 +1,49 @@
-"""Writing and reading checkpoints, and putting their weights into models."""
+"""A run's folder: what is written there, and how a run or a model comes back from it."""
 
 import argparse
+import datetime
+import json
 import os
 import pickle
 import re
+import time
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
-from utils import InputError, logger
+from engine import TrainState, set_keep_rate
+from models import BATVisionTransformer
+from utils import (
+    InputError,
+    all_reduce,
+    get_world_size,
+    git_hash,
+    is_main_process,
+    logger,
+    read_log,
+    versions,
+    write_atomically,
+    writing,
+)
 
-SHOWN_KEYS = 8  # differing keys that an error message spells out
+SHOWN_NAMES = 8  # differing parameters that an error message spells out
+# Flags whose values a resumed run takes from its optimizer and scheduler, not from the command.
+SCHEDULE_FLAGS = (
+    "opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "sched", "lr", "unscale_lr",
+    "min_lr", "warmup_lr", "warmup_epochs", "cooldown_epochs", "decay_epochs", "decay_rate",
+    "lr_noise", "lr_noise_pct", "lr_noise_std", "epochs",
+)  # fmt: skip
 
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Writes a checkpoint that is there whole or not at all, even if the machine goes down.
-
-    Args:
-        state: tensors and plain values, as `load_checkpoint` reads.
-        path: the file to make or replace.
-
-    Raises:
-        OSError: the disk is full or the folder is gone; the file at `path` is as it was.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as problem:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write checkpoint {path}: {_first_line(problem)}") from problem
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+# Reading ----------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -77,7 +77,7 @@ def load_checkpoint(path: str | Path) -> dict:
             "plain values"
         ) from problem
     except Exception as problem:  # damaged files fail in every way that a reader can
-        reason = f"{type(problem).__name__}: {_first_line(problem)}"
+        reason = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
         raise InputError(f"checkpoint {path} cannot be read ({reason})") from problem
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         raise InputError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not weights")
@@ -95,15 +95,10 @@ def _check_archive(path: str) -> None:
             raise ValueError(f"damaged: {damaged} does not match its checksum")
 
 
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__
-
-
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of an output folder from which a run can go on, newest first.
 
-    `Recorder.save` names them by age; the pending one was written whole but not yet renamed.
+    `RunFolder.save` names them by age; the pending one was written whole but not yet renamed.
     """
     numbered = {
         int(match[1]): path
@@ -116,13 +111,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint of an output folder that can be read.
+    """Path and contents of the newest checkpoint of an output folder that can be read, or None.
 
-    Args:
-        folder: output folder of a run.
-
-    Returns:
-        Its path and contents, or None; damaged ones are named in the log, passed over and kept.
+    Damaged ones are named in the log, passed over and kept.
     """
     for path in checkpoint_files(folder):
         try:
@@ -132,15 +123,29 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
+    """Path and contents of the checkpoint that the run starts from; "" and {} for none.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    if args.resume == "auto":
+        found = latest_checkpoint(Path(args.output_dir)) if args.output_dir else None
+        if found is not None:
+            return str(found[0]), found[1]
+    source = args.finetune if args.resume in ("", "auto") else args.resume
+    return source, load_checkpoint(source) if source else {}
+
+
+# Models -----------------------------------------------------------------------------------------
+
+
 def model_weights(checkpoint: Mapping, *, ema: bool = False) -> dict[str, Tensor]:
     """The state dict inside a checkpoint, without a DistributedDataParallel prefix.
 
     Args:
         checkpoint: as `load_checkpoint` returns it.
-        ema: take the moving average of the weights.
-
-    Returns:
-        Tensors by parameter name.
+        ema: take the exponential moving average of the weights.
 
     Raises:
         InputError: there is no such state dict.
@@ -154,125 +159,387 @@ def model_weights(checkpoint: Mapping, *, ema: bool = False) -> dict[str, Tensor
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
-def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN_KEYS
-    return ", ".join(names[:SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Puts weights into a model that must fit them exactly.
+def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
+    """Creates a model by its registered name.
 
     Args:
-        model: changed in place.
-        weights: tensors by parameter name.
-        source: where they come from, for the message.
+        model_args: keywords of `timm.create_model`, `model_name` among them.
+        reducing: refuse a model that does not reduce its tokens.
 
     Raises:
-        InputError: keys or shapes differ; the message says which.
+        InputError: the name is unknown or not a reducing model, or a keyword does not fit.
     """
-    own = model.state_dict()
-    differing = {
-        "missing": [name for name in own if name not in weights],
-        "unexpected": [name for name in weights if name not in own],
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in own.items()
-            if name in weights and weights[name].shape != value.shape
-        ],
-    }
-    problems = [f"{kind}: {_listed(names)}" for kind, names in differing.items() if names]
-    if problems:
-        raise InputError(f"{source} is for another model; {'; '.join(problems)}")
-    model.load_state_dict(dict(weights))
+    name = model_args["model_name"]
+    own = ", ".join(timm.list_models(module="bat"))
+    if not timm.is_model(name):
+        raise InputError(f"unknown model '{name}'; choose from {own}")
+    try:
+        model = timm.create_model(**model_args)
+    except (TypeError, ValueError, AssertionError) as problem:
+        raise InputError(f"cannot build {name}: {problem}") from problem
+    if reducing and not isinstance(model, BATVisionTransformer):
+        raise InputError(
+            f"'{name}' does not reduce tokens; choose from {own} "
+            "(with --reduction none they are plain DeiT)"
+        )
+    return model
 
 
-def patch_grid(checkpoint: Mapping) -> tuple[int, int] | None:
-    """Rows and columns of patches of the model that wrote a checkpoint; None if it does not say."""
-    size = (checkpoint.get("model_args") or {}).get("img_size")
-    kernel = model_weights(checkpoint).get("patch_embed.proj.weight")
-    if size is None or kernel is None:
+def model_from_checkpoint(
+    checkpoint: Mapping,
+    *,
+    ema: bool = False,
+    source: str = "the checkpoint",
+    new_head: bool = False,
+    reducing: bool = True,
+    **overrides: object,
+) -> nn.Module:
+    """Rebuilds the model of a checkpoint with its weights: the only way back from a file.
+
+    A position embedding of another input size is resampled from the grid that it was trained on.
+
+    Args:
+        checkpoint: as `load_checkpoint` returns it; an empty one gives random weights.
+        ema: take the exponential moving average of the weights.
+        source: where the checkpoint comes from, for the messages.
+        new_head: a head of another class count, and a distillation token, may be left out (for
+            fine-tuning); what is not loaded is logged.
+        reducing: refuse a model that does not reduce its tokens.
+        **overrides: model keywords that replace the stored ones, e.g. keep_rate=0.5.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        InputError: the checkpoint does not say how its model was made, does not fit it, or a
+            keyword is out of range.
+    """
+    stored = dict(checkpoint.get("model_args") or {})
+    model_args = stored | overrides
+    if "model_name" not in model_args:
+        raise InputError(f"{source} does not say how its model was made (no 'model_args')")
+    weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
+    if "head.bias" in weights:
+        model_args.setdefault("num_classes", len(weights["head.bias"]))
+    model = build_model(model_args, reducing=reducing)
+    if checkpoint:
+        grid = _patch_grid(stored.get("img_size"), weights)
+        fit_weights(model, weights, source, old_grid=grid, new_head=new_head)
+    return model.eval()
+
+
+def _patch_grid(img_size: object, weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of patches that weights were trained with; None if nothing says it."""
+    kernel = weights.get("patch_embed.proj.weight")
+    if img_size is None or kernel is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return height // kernel.shape[2], width // kernel.shape[3]
 
 
-def load_pretrained(
+def fit_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     source: str,
     *,
-    grid_size: tuple[int, int] | None = None,
-) -> list[str]:
-    """Starts a fine-tuning run from weights that need not fit in input size or class count.
-
-    The position embedding is resampled to the model's input size (timm's bicubic), a head of
-    another class count is left as it was initialised, and a distillation token's entries are
-    left out.
+    old_grid: tuple[int, int] | None = None,
+    new_head: bool = False,
+) -> None:
+    """Puts weights into a model; the position embedding is resampled to its grid of patches.
 
     Args:
-        model: changed in place.
+        model: changed in place, or not at all.
         weights: tensors by parameter name.
-        source: where they come from, for the message.
-        grid_size: rows and columns of patches that they were trained with; None: a square.
-
-    Returns:
-        What was not loaded, in words.
+        source: where they come from, for the messages.
+        old_grid: rows and columns of patches that they were trained with; None: a square.
+        new_head: a head or a distillation token that does not fit is left out, and logged.
 
     Raises:
-        InputError: the weights are for another architecture.
+        InputError: the weights are for another architecture; the message names what differs.
     """
-    weights = dict(weights)
-    if "dist_token" in weights and "dist_token" not in model.state_dict():
-        embedding = weights["pos_embed"]  # class token, distillation token, patches
-        weights["pos_embed"] = torch.cat([embedding[:, :1], embedding[:, 2:]], dim=1)
-    if grid_size not in (None, model.patch_embed.grid_size) and "pos_embed" in weights:
-        weights["pos_embed"] = resample_abs_pos_embed(
-            weights["pos_embed"],
+    own = model.state_dict()
+    if isinstance(model, VisionTransformer):
+        weights = _fit_positions(model, dict(weights), old_grid, drop_distillation=new_head)
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    reshaped = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    replaceable = ("head", "dist_token") if new_head else ()
+    differing = [*missing, *unexpected, *reshaped]
+    if not all(name.startswith(replaceable) for name in differing):
+        shapes = [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in reshaped
+        ]
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        words = "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
+        raise InputError(f"{source} is for another model; {words}")
+    model.load_state_dict(own | {n: weights[n] for n in own if n not in differing})
+    if differing:
+        logger.info(f"not loaded from {source}: {', '.join(differing)}")
+
+
+def _fit_positions(
+    model: VisionTransformer,
+    weights: dict[str, Tensor],
+    old_grid: tuple[int, int] | None,
+    *,
+    drop_distillation: bool,
+) -> dict[str, Tensor]:
+    """The weights with a position embedding for the model's tokens; DeiT's names made timm's."""
+    embedding = weights.get("pos_embed")
+    if drop_distillation and "dist_token" in weights and not hasattr(model, "dist_token"):
+        embedding = torch.cat([embedding[:, :1], embedding[:, 2:]], dim=1)  # class token, patches
+    if embedding is not None and old_grid not in (None, model.patch_embed.grid_size):
+        embedding = resample_abs_pos_embed(
+            embedding,
             new_size=list(model.patch_embed.grid_size),
-            old_size=list(grid_size),
+            old_size=list(old_grid),
             num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
         )
-    weights = checkpoint_filter_fn(weights, model)
-    own = model.state_dict()
-    left_out = [f"{name} (not in the model)" for name in weights if name not in own]
-    for name, value in own.items():
-        if name not in weights:
-            left_out.append(f"{name} (not in the checkpoint)")
-        elif weights[name].shape != value.shape:
-            shape = tuple(weights[name].shape)
-            left_out.append(f"{name} (shape {shape} instead of {tuple(value.shape)})")
-    broken = [text for text in left_out if not text.startswith(("head", "dist_token"))]
-    if broken:
-        raise InputError(f"{source} is for another model; {_listed(broken)}")
-    unchanged = {name: own[name] for name in own if name.startswith("head")}
-    fitting = {
-        name: weights[name]
-        for name, value in own.items()
-        if name in weights and weights[name].shape == value.shape
-    }
-    model.load_state_dict(unchanged | fitting)
-    for text in left_out:
-        logger.info(f"not loaded from {source}: {text}")
-    return left_out
+    if embedding is not None:
+        weights["pos_embed"] = embedding
+    return checkpoint_filter_fn(weights, model)
 
 
-def model_from_checkpoint(checkpoint: Mapping, *, ema: bool = False, **overrides) -> nn.Module:
-    """Rebuilds the model that wrote a checkpoint of this project, weights included.
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+# Resuming ---------------------------------------------------------------------------------------
+
+
+def restore(
+    state: TrainState, checkpoint: Mapping, source: str, args: argparse.Namespace
+) -> None:
+    """Continues an interrupted run: everything but the weights, which the model has already.
+
+    Where the batch or the number of processes differs from the interrupted run's, the epoch goes on
+    after as many images, rounded down, and the learning rates stay.
 
     Args:
-        checkpoint: as `load_checkpoint` returns it.
-        ema: take the moving average of the weights.
-        **overrides: model keywords that replace the stored ones, e.g. keep_rate=0.5.
-
-    Returns:
-        The model, on the CPU.
+        state: changed in place.
+        checkpoint: as `RunFolder.save` wrote it.
+        source: where it comes from, for the messages.
+        args: reads batch_size, accum_steps and the schedule's flags.
 
     Raises:
-        InputError: the checkpoint does not say how its model was made, or does not fit it.
-        ValueError: an override is outside its range.
+        InputError: the checkpoint holds weights only, its training state makes no sense, or the
+            flags ask for another schedule.
     """
-    if "model_args" not in checkpoint:
-        raise InputError("the checkpoint does not say how its model was made (no 'model_args')")
-    model = timm.create_model(**(checkpoint["model_args"] | overrides))
-    load_weights(model, model_weights(checkpoint, ema=ema), "the checkpoint")
-    return model
+    if checkpoint.get("optimizer") is None or "updates" not in checkpoint:
+        raise InputError(f"{source} holds no training state: use --finetune, or add --eval")
+    own = state.model.state_dict()
+    if any(own[n].shape != value.shape for n, value in model_weights(checkpoint).items()):
+        raise InputError(f"{source} was trained at another input size: use --finetune")
+    try:
+        changed = _changed_schedule(checkpoint["args"], args)
+        state.load_state_dict(checkpoint)
+        before = checkpoint["args"]["batch_size"] * checkpoint.get("world_size", get_world_size())
+        now = args.batch_size * get_world_size()
+        state.step = state.step * before // now // args.accum_steps * args.accum_steps
+        if state.epoch < 0 or state.step < 0:
+            raise ValueError(f"epoch {state.epoch}, step {state.step}")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise InputError(f"{source} holds a training state of another run: {reason}") from e
+    if changed:
+        raise InputError(
+            f"{source} goes on with its own schedule, but {changed}: repeat the run's flags, or "
+            "start another run with --finetune"
+        )
+    if state.ema is not None and checkpoint.get("model_ema") is not None:
+        fit_weights(state.ema.module, model_weights(checkpoint, ema=True), source)
+    set_keep_rate(state, state.model.keep_rates)
+    logger.info(f"resumed {source} at epoch {state.epoch}, step {state.step}")
+    before *= checkpoint["args"]["accum_steps"]
+    if before != now * args.accum_steps:
+        logger.info(
+            f"the total batch was {before} images and is {now * args.accum_steps}; the learning "
+            "rates stay those of the interrupted run"
+        )
+
+
+def _changed_schedule(stored: Mapping, args: argparse.Namespace) -> str:
+    """Flags that ask for another schedule than the resumed one, in words; more epochs may be."""
+    changed = [n for n in SCHEDULE_FLAGS if n in stored and stored[n] != getattr(args, n)]
+    if changed == ["epochs"] and args.epochs > stored["epochs"]:
+        logger.info(
+            f"--epochs was {stored['epochs']} and is {args.epochs}; the learning rate schedule "
+            f"stays the one of {stored['epochs']} epochs"
+        )
+        return ""
+    return ", ".join(
+        f"--{n.replace('_', '-')} was {stored[n]} and is {getattr(args, n)}" for n in changed
+    )
+
+
+class CheckpointSchedule:
+    """Says after which updates a checkpoint is due, beside the end of every epoch."""
+
+    def __init__(self, interval: str) -> None:
+        """Reads the interval.
+
+        Args:
+            interval: "500": every 500 updates; "10m": every 10 minutes; "0": never.
+
+        Raises:
+            InputError: it is neither.
+        """
+        number = interval.removesuffix("m")
+        try:
+            self.interval = float(number) if interval.endswith("m") else int(number)
+        except ValueError:
+            self.interval = -1
+        if not self.interval >= 0:
+            raise InputError(
+                f"--checkpoint-interval must be updates (500) or minutes (10m), got '{interval}'"
+            )
+        self.in_minutes = interval.endswith("m")
+        self.last = time.monotonic()
+
+    def due(self, updates: int, device: torch.device) -> bool:
+        """Whether to write one now; all processes get the same answer, rank 0's clock decides."""
+        if not self.interval:
+            return False
+        if not self.in_minutes:
+            return updates % self.interval == 0
+        late = is_main_process() and time.monotonic() - self.last >= 60 * self.interval
+        is_due = all_reduce([float(late)], device)[0] > 0
+        if is_due:
+            self.last = time.monotonic()
+        return is_due
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """Writes log.txt, TensorBoard events, checkpoints and the arguments of one run.
+
+    One JSON object an epoch goes to log.txt before the checkpoint of that epoch is written;
+    resuming drops the entries that the checkpoint does not know yet: none is doubled or missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        args: argparse.Namespace,
+        model_args: dict,
+        classes: list[str],
+    ) -> None:
+        """Prepares an existing folder.
+
+        Args:
+            folder: where everything goes.
+            args: the arguments as typed; reads keep_checkpoints.
+            model_args: keywords of `timm.create_model` that rebuild the model.
+            classes: class names by index.
+        """
+        self.folder = folder
+        self.keep_checkpoints = args.keep_checkpoints
+        self.about = {
+            "args": vars(args),
+            "model_args": model_args,
+            "classes": list(classes),
+            "git_hash": git_hash(),
+            "world_size": get_world_size(),
+        }
+        self.log_path = folder / "log.txt"
+        self.writer: SummaryWriter | None = None
+
+    def start(self, first_epoch: int, facts: dict, *, source: str = "") -> None:
+        """Opens the logs for epochs from `first_epoch` on, and notes the arguments.
+
+        Args:
+            first_epoch: entries of log.txt from this epoch on are dropped.
+            facts: more facts for args.json.
+            source: the checkpoint that the run goes on from, or "". Unless it is one of this
+                folder, a run that the folder holds is set aside whole, as previous-N/.
+
+        Raises:
+            OutputError: nothing can be written there.
+        """
+        facts = self.about | facts | {"versions": versions(), "resumed": source, "started": _now()}
+        with writing(self.folder):
+            if not source or Path(source).resolve().parent != self.folder.resolve():
+                self._set_aside()
+            kept = [entry for entry in read_log(self.log_path) if entry["epoch"] < first_epoch]
+            lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+            # Always written anew: a crash may have cut off the last line.
+            write_atomically(self.log_path, lambda file: file.write(lines.encode()))
+            text = json.dumps(facts, indent=2) + "\n"
+            write_atomically(self.folder / "args.json", lambda file: file.write(text.encode()))
+            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=first_epoch)
+
+    def _set_aside(self) -> None:
+        names = ("log.txt", "args.json", "best.pth", "correct.npy", "tensorboard")
+        files = checkpoint_files(self.folder) + [self.folder / name for name in names]
+        found = [path for path in files if path.exists()]
+        if not found:
+            return
+        number = 1
+        while (previous := self.folder / f"previous-{number}").exists():
+            number += 1
+        previous.mkdir()
+        for path in found:
+            path.replace(previous / path.name)
+        logger.info(f"{self.folder} holds another run: moved to {previous}")
+
+    def log_epoch(self, entry: dict) -> None:
+        """Appends one epoch, which has a key "epoch", to log.txt and to TensorBoard.
+
+        Raises:
+            OutputError: the disk is full or the folder is gone.
+        """
+        with writing(self.log_path), open(self.log_path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the checkpoint that follows relies on it
+        with writing(self.folder / "tensorboard"):
+            for name, value in entry.items():
+                if name == "keep_rate":
+                    for stage, rate in enumerate(value, 1):
+                        self.writer.add_scalar(f"keep_rate/stage_{stage}", rate, entry["epoch"])
+                elif name != "epoch" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, entry["epoch"])
+            self.writer.flush()
+
+    def save(self, state: TrainState) -> None:
+        """Writes checkpoint.pth, from which the run can go on exactly.
+
+        The ones before it stay as checkpoint.1.pth (the newest of them), checkpoint.2.pth, ...
+        """
+        names = ["checkpoint.pth", *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints))]
+        newest, *older = [self.folder / name for name in names]
+        pending = self.folder / "checkpoint.pending.pth"
+        self._write(state.state_dict(), pending)
+        with writing(newest):
+            for younger, path in reversed(list(zip([newest, *older], older, strict=False))):
+                if younger.exists():
+                    os.replace(younger, path)
+            os.replace(pending, newest)
+
+    def save_best(self, state: TrainState) -> None:
+        """Writes best.pth: the weights and what rebuilds the model, without the optimizer."""
+        whole = state.state_dict()
+        kept = {name: whole[name] for name in ("model", "model_ema", "epoch", "best")}
+        self._write(kept, self.folder / "best.pth")
+
+    def _write(self, contents: dict, path: Path) -> None:
+        write_atomically(path, lambda file: torch.save(contents | self.about, file))
+
+    def save_correct(self, correct: Tensor) -> None:
+        """Writes correct.npy: (images,) bool, which images the validated weights get right."""
+        path = self.folder / "correct.npy"
+        write_atomically(path, lambda file: np.save(file, correct.numpy()))
+
+    def close(self) -> None:
+        """Closes the TensorBoard file; `log_epoch` has written all that there is to write."""
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

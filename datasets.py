@@ -14,7 +14,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,46 +25,27 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from demo_data import is_demo, make_demo
-from images import (
+from inputs.demo import is_demo, make_demo
+from inputs.images import (
+    CROP_PADDING,
     BadImageError,
     ResizeToCover,
     ToNormalizedTensor,
     allow_posterize_to_black,
+    image_size,
+    is_small_input,
     load_image,
 )
-from inaturalist import build_inaturalist
+from inputs.inaturalist import build_inaturalist
+from samplers import SampleKey
 from utils import InputError
 
-__all__ = [
-    "BAD_IMAGE_POLICIES",
-    "DATA_SETS",
-    "BadImageError",
-    "SampleDataset",
-    "SampleKey",
-    "build_dataset",
-    "build_transform",
-    "check_same_classes",
-    "load_image",
-    "make_demo",
-]
 
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19", "DEMO")
 BAD_IMAGE_POLICIES = ("error", "skip")
 
-# DeiT's limit: inputs up to this size are cropped out of the padded image, not zoomed into.
-SMALL_INPUT = 32
-CROP_PADDING = 4  # black pixels around an image that is cropped at random
 # How many other samples a bad training image tries before the run gives up.
 MAX_REPLACEMENTS = 100
-
-
-class SampleKey(NamedTuple):
-    """What a training sample's augmentation depends on, beside the run's seed."""
-
-    index: int
-    epoch: int
-    repetition: int
 
 
 def _hash(*fields: int) -> int:
@@ -209,20 +189,9 @@ def _listing(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _image_size(input_size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of a size given as one number or as two."""
-    sizes = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-    if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
-        raise InputError(f"input_size is {input_size}, allowed: one or two numbers from 1 up")
-    return sizes[0], sizes[-1]
-
-
-def is_small_input(input_size: int | Sequence[int]) -> bool:
-    """Whether DeiT's rule for CIFAR holds: crops of the padded image, and no crop to evaluate."""
-    return max(_image_size(input_size)) <= SMALL_INPUT
-
-
-def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
+def build_transform(
+    is_train: bool, args: Namespace, input_size: int | Sequence[int]
+) -> transforms.Compose:
     """Builds DeiT's transform for training or evaluation.
 
     Training is timm's `create_transform`: random resized crop, flip, colour jitter or
@@ -241,9 +210,9 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     Returns:
         A transform from an RGB image to a (3, H, W) float32 tensor with ImageNet's normalisation.
     """
-    rows, cols = _image_size(args.input_size)
+    rows, cols = image_size(input_size)
     to_tensor = ToNormalizedTensor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    is_small = is_small_input(args.input_size)
+    is_small = is_small_input(input_size)
     if is_train:
         transform = _train_transform((rows, cols), args)
         if is_small or args.src:
@@ -332,7 +301,9 @@ def _torchvision_source(is_train: bool, root: Path, args: Namespace) -> Dataset:
         ) from error
 
 
-def build_dataset(is_train: bool, args: Namespace) -> tuple[SampleDataset, int]:
+def build_dataset(
+    is_train: bool, args: Namespace, input_size: int | Sequence[int]
+) -> tuple[SampleDataset, int]:
     """Builds the training or the validation set.
 
     With several processes, let one call this first when something may be downloaded.
@@ -348,7 +319,7 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[SampleDataset, int]:
     root = Path(args.data_path).expanduser()
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
-    transform = build_transform(is_train, args)
+    transform = build_transform(is_train, args, input_size)
     if args.data_set == "DEMO" and not is_demo(root):
         make_demo(root)
     downloads = args.download and args.data_set not in ("IMNET", "DEMO")
@@ -363,7 +334,7 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[SampleDataset, int]:
         transform,
         targets=source.targets,
         classes=source.classes,
-        image_size=_image_size(args.input_size),
+        image_size=image_size(input_size),
         seed=args.seed,
         bad_images=args.bad_images,
     )

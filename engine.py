@@ -43,10 +43,10 @@ class TrainOptions:
 
     Attributes:
         amp_dtype: autocast type, or None for none.
-        accum_steps: batches whose gradients make one update.
+        accum_steps: gradient accumulation steps.
         clip_grad: largest gradient norm, or None.
-        print_freq: batches between progress lines.
-        seed: of everything random in a step.
+        print_freq: steps between progress lines.
+        seed: random seed of the run.
         training_mode: False keeps stochastic depth and dropout off (fine-tuning).
         keep_rate_at: epochs done, as a fraction -> one keep rate per reducing block; None: fixed.
         shrink_by_step: the keep rate follows `keep_rate_at` within an epoch too.
@@ -71,9 +71,9 @@ class TrainState:
         optimizer: its optimizer.
         scheduler: timm scheduler, stepped after every epoch.
         scaler: gradient scaler, disabled unless fp16.
-        ema: moving average of the weights, or None.
+        ema: exponential moving average of the weights, or None.
         epoch: the epoch to train next, or being trained.
-        step: batches of it that are done; a multiple of the accumulation.
+        step: batches of it that are done; a multiple of the gradient accumulation steps.
         updates: optimizer updates since the start.
         best: best validation accuracy by name, in percent.
         metrics: the meters of the epoch being trained.
@@ -141,6 +141,13 @@ def shrunk_keep_rate(
     )
 
 
+def set_keep_rate(state: TrainState, keep_rates: Sequence[float]) -> None:
+    """Sets the keep rates of the model and of its exponential moving average."""
+    state.model.set_keep_rate(keep_rates)
+    if state.ema is not None:
+        state.ema.module.set_keep_rate(keep_rates)
+
+
 def num_training_steps(num_batches: int, accum_steps: int) -> int:
     """Batches of an epoch that are used: whole updates only, but at least one."""
     return max(accum_steps, num_batches // accum_steps * accum_steps) if num_batches else 0
@@ -171,14 +178,14 @@ def train_one_epoch(
         criterion: (images, logits, targets) -> loss.
         data_loader: (images, targets, is_bad) batches from number `state.step` on.
         device: where the model is.
-        num_steps: batches of the whole epoch.
+        num_steps: batches of the whole epoch, a multiple of the gradient accumulation steps.
         options: how to run the steps.
         mixup: timm's mixup and cutmix, or None.
         after_update: called after every update, e.g. to write a checkpoint.
         stop_requested: asked after every batch; all processes stop when one says True.
 
     Returns:
-        Means over the epoch and all processes: loss, lr, keep_rate, and the number of bad images.
+        Means over the epoch and all processes: loss and lr, and the number of bad images.
 
     Raises:
         DivergenceError: the loss or the gradient norm is not finite.
@@ -186,48 +193,54 @@ def train_one_epoch(
     """
     model.train(options.training_mode)
     metrics = _new_metrics(state.metrics)
-    header = f"Epoch: [{state.epoch}]"
-    batches = islice(data_loader, num_steps - state.step)
-    progress = metrics.log_every(
-        batches, options.print_freq, header=header, total=num_steps, start=state.step
+    batches = metrics.log_every(
+        islice(data_loader, num_steps - state.step),
+        options.print_freq,
+        header=f"Epoch: [{state.epoch}]",
+        total=num_steps,
+        start=state.step,
     )
     state.optimizer.zero_grad()
-    loss_sum = 0.0
     _shrink(state, options, max(0, state.step - 1), num_steps)  # resumed: as the last step left it
-    for images, targets, is_bad in progress:
-        seed_everything(options.seed, get_rank(), state.epoch, state.step)
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        _shrink(state, options, state.step, num_steps)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
-
-        last = (state.step + 1) % options.accum_steps == 0
-        waits = isinstance(model, DistributedDataParallel) and not last
-        with model.no_sync() if waits else nullcontext():
-            with _autocast(device, options.amp_dtype):
-                loss = criterion(images, model(images), targets)
-            state.scaler.scale(loss / options.accum_steps).backward()
-        shared = [loss.item(), float(is_bad.sum()), float(stop_requested())]
-        loss_value, num_bad, num_stops = all_reduce(shared, device)
-        loss_sum += loss_value / get_world_size()
-        _check_finite("loss", loss_sum, state, metrics)
-        metrics.update(bad_images=num_bad)
-        if last:
-            _update(state, metrics, options.clip_grad)
-        state.step += 1
-        if last:
-            metrics.update(loss=loss_sum / options.accum_steps)
-            metrics.update(lr=state.optimizer.param_groups[0]["lr"])
-            loss_sum = 0.0
-            state.metrics = metrics.state_dict()
-            if num_stops:
-                raise PreemptedError(f"epoch {state.epoch}, step {state.step}")
-            if after_update is not None:
-                after_update(state)
-    averages = metrics.averages()
-    averages["bad_images"] = metrics.meters["bad_images"].total
-    return averages
+    for _ in range(state.step, num_steps, options.accum_steps):
+        loss_sum, stopping = 0.0, False
+        for accumulated, batch in enumerate(islice(batches, options.accum_steps), 1):
+            # Load
+            seed_everything(options.seed, get_rank(), state.epoch, state.step)
+            _shrink(state, options, state.step, num_steps)
+            images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
+            if mixup is not None:
+                images, targets = mixup(images, targets)
+            # Forward and backward; the gradients of all processes are added up with the last batch
+            waits = isinstance(model, DistributedDataParallel) and accumulated < options.accum_steps
+            with model.no_sync() if waits else nullcontext():
+                with _autocast(device, options.amp_dtype):
+                    loss = criterion(images, model(images), targets)
+                state.scaler.scale(loss / options.accum_steps).backward()
+            # Agree
+            shared = [loss.item(), float(batch[2].sum()), float(stop_requested())]
+            loss_value, num_bad, num_stops = all_reduce(shared, device)
+            loss_sum += loss_value / get_world_size()
+            _check_finite("loss", loss_sum, state, metrics)
+            metrics.update(bad_images=num_bad)
+            stopping |= num_stops > 0
+            state.step += 1
+        # Update
+        _update(state, metrics, options.clip_grad)
+        # Log
+        metrics.update(loss=loss_sum / options.accum_steps)
+        metrics.update(lr=state.optimizer.param_groups[0]["lr"])
+        state.metrics = metrics.state_dict()
+        if stopping:
+            raise PreemptedError(f"epoch {state.epoch}, step {state.step}")
+        if after_update is not None:
+            after_update(state)
+    next(batches, None)  # the last progress line
+    return {
+        "loss": metrics.meters["loss"].global_avg,
+        "lr": metrics.meters["lr"].global_avg,
+        "bad_images": metrics.meters["bad_images"].total,
+    }
 
 
 def _shrink(state: TrainState, options: TrainOptions, step: int, num_steps: int) -> None:
@@ -239,9 +252,9 @@ def _shrink(state: TrainState, options: TrainOptions, step: int, num_steps: int)
 
 def _new_metrics(saved: dict) -> MetricLogger:
     metrics = MetricLogger()
-    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    metrics.add_meter("loss", SmoothedValue())
-    metrics.add_meter("bad_images", SmoothedValue(fmt="{value:.0f}"))
+    metrics.meters["lr"] = SmoothedValue(window_size=1, fmt="{value:.6f}")
+    metrics.meters["loss"] = SmoothedValue()
+    metrics.meters["bad_images"] = SmoothedValue(fmt="{value:.0f}")
     metrics.load_state_dict(saved)
     return metrics
 
@@ -272,13 +285,6 @@ def _update(state: TrainState, metrics: MetricLogger, clip_grad: float | None) -
     state.updates += 1
     if state.ema is not None:
         state.ema.update(state.model)
-
-
-def set_keep_rate(state: TrainState, keep_rates: Sequence[float]) -> None:
-    """Sets the keep rates of the model and of its moving average."""
-    state.model.set_keep_rate(keep_rates)
-    if state.ema is not None:
-        state.ema.module.set_keep_rate(keep_rates)
 
 
 class BatchScores(NamedTuple):
@@ -315,7 +321,7 @@ def evaluate(
     header: str = "Test:",
     all_ranks: bool = True,
     stop_requested: Callable[[], bool] = _never,
-    hits: list[Tensor] | None = None,
+    correct: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Accuracy and loss over a data set, every image counted once.
 
@@ -328,7 +334,7 @@ def evaluate(
         header: first words of the progress lines.
         all_ranks: the processes share the data set, so add up their counts.
         stop_requested: asked after every batch; all processes stop when one says True.
-        hits: gets this process's (B,) bools, right or wrong, one tensor a batch.
+        correct: gets this process's (B,) bools, right or wrong, one tensor a batch.
 
     Returns:
         acc1 and acc5 in percent, loss (mean cross-entropy), and how many images were evaluated and
@@ -350,8 +356,8 @@ def evaluate(
         with _autocast(device, amp_dtype):
             logits = model(images)
         scores = score_batch(logits, targets.to(device), is_bad.to(device))
-        if hits is not None:
-            hits.append(scores.correct1.cpu())
+        if correct is not None:
+            correct.append(scores.correct1.cpu())
         parts = [score.double().sum() for score in scores]
         batch = torch.stack([*parts, parts[0].new_tensor(len(targets)), is_bad.double().sum()])
         batch = batch.cpu()

@@ -6,42 +6,35 @@ One process needs no launcher; several are started with torchrun. Exit codes: 0 
 """
 
 import argparse
+import copy
 import datetime
 import math
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from arguments import ArgumentParser, check_args, get_args_parser
-from builders import (
-    AMP_DTYPES,
-    apply_target_gmacs,
-    build_criterion,
-    build_datasets,
-    build_mixup,
-    build_model,
-    build_state,
-    build_train_loader,
-    build_val_loader,
-    evaluation_models,
-    model_arguments,
-    starting_point,
-    with_stored_model,
-)
+from arguments import check_args, get_args_parser, model_arguments
 from checkpoints import (
-    load_pretrained,
-    load_weights,
-    model_weights,
-    patch_grid,
+    CheckpointSchedule,
+    RunFolder,
+    build_model,
+    load_checkpoint,
+    model_from_checkpoint,
+    restore,
+    starting_point,
 )
+from datasets import SampleDataset, build_dataset, check_same_classes
 from engine import (
     DivergenceError,
     PreemptedError,
@@ -53,16 +46,23 @@ from engine import (
     shrunk_keep_rate,
     train_one_epoch,
 )
-from models import BATVisionTransformer, count_gmacs, count_parameters, describe
-from recorder import CheckpointSchedule, Recorder, check_writable, restore
+from inputs.cache import CachedLoader, build_cached_loader
+from losses import DistillationLoss
+from models import BATVisionTransformer, count_gmacs, count_parameters, describe, find_keep_rate
+from samplers import EvalSampler, TrainSampler
 from utils import (
+    AMP_DTYPES,
     InputError,
+    OutputError,
     StopRequest,
-    Survivors,
     barrier,
+    check_writable,
     end_workers,
+    find_amp,
     get_rank,
     get_world_size,
+    ignore_stop_signals,
+    in_turns,
     init_process,
     is_main_process,
     logger,
@@ -75,32 +75,222 @@ EXIT_DIVERGED = 3
 EXIT_NOT_WRITTEN = 4
 EXIT_LOST_PROCESS = 5
 EXIT_PREEMPTED = 75
+NUM_REPEATS = 3  # DeiT's repeated augmentation
+REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
+
+
+# Building ---------------------------------------------------------------------------------------
+
+
+def build_datasets(
+    args: argparse.Namespace, input_size: tuple[int, int], device: torch.device
+) -> tuple[SampleDataset | None, SampleDataset]:
+    """The training set (None for --eval) and the validation set.
+
+    Raises:
+        InputError: the data set is missing, empty, or its two parts have different classes.
+    """
+    with in_turns(device):
+        val_dataset, _ = build_dataset(False, args, input_size)
+        train_dataset = None if args.eval else build_dataset(True, args, input_size)[0]
+    if train_dataset is not None:
+        check_same_classes(train_dataset, val_dataset)
+    return train_dataset, val_dataset
+
+
+def build_train_loader(
+    args: argparse.Namespace, dataset: SampleDataset, device: torch.device
+) -> DataLoader | CachedLoader:
+    """Batches of this process's share of the training set; the sampler yields `SampleKey`s.
+
+    Raises:
+        InputError: the set is smaller than one batch of every process.
+    """
+    sampler = TrainSampler(
+        len(dataset),
+        seed=args.seed,
+        num_repeats=NUM_REPEATS if args.repeated_aug else 1,
+        rank=get_rank(),
+        world_size=get_world_size(),
+        epoch_samples=args.epoch_images,
+    )
+    if len(sampler) < args.batch_size * args.accum_steps:
+        raise InputError(
+            f"--batch-size {args.batch_size} times --accum-steps {args.accum_steps} is more than "
+            f"the {len(sampler)} training images of a process"
+        )
+    return _build_loader(args, dataset, sampler, device, drop_last=True)
+
+
+def build_val_loader(
+    args: argparse.Namespace, dataset: SampleDataset, device: torch.device
+) -> DataLoader | CachedLoader:
+    """Batches of this process's share of the validation set, or of all of it."""
+    ranks = {"rank": get_rank(), "world_size": get_world_size()} if args.dist_eval else {}
+    return _build_loader(args, dataset, EvalSampler(len(dataset), **ranks), device, drop_last=False)
+
+
+def _build_loader(args, dataset, sampler, device, *, drop_last: bool) -> DataLoader | CachedLoader:
+    if args.image_cache:
+        return build_cached_loader(args, dataset, sampler, device)
+    return DataLoader(
+        dataset,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        drop_last=drop_last,
+        persistent_workers=args.num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, or None when both are off."""
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_criterion(
+    args: argparse.Namespace, num_classes: int, device: torch.device
+) -> DistillationLoss:
+    """Label-smoothed or soft-target cross-entropy, and distillation around it.
+
+    Raises:
+        InputError: the teacher is unknown, or its checkpoint does not fit.
+    """
+    if build_mixup(args, num_classes) is not None:
+        base_criterion = SoftTargetCrossEntropy()
+    elif args.smoothing > 0:
+        base_criterion = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
+    else:
+        base_criterion = nn.CrossEntropyLoss()
+    teacher = None
+    if args.distillation_type != "none":
+        checkpoint = load_checkpoint(args.teacher_path)
+        stored = checkpoint.get("model_args") or {}
+        own = stored if stored.get("model_name") == args.teacher_model else {}
+        teacher = model_from_checkpoint(
+            checkpoint | {"model_args": own},
+            source=f"teacher {args.teacher_path}",
+            reducing=False,
+            **{"num_classes": num_classes} | own | {"model_name": args.teacher_model},
+        ).to(device)
+    return DistillationLoss(
+        base_criterion,
+        teacher,
+        args.distillation_type,
+        args.distillation_alpha,
+        args.distillation_tau,
+    )
 
 
 def build_run_model(
     args: argparse.Namespace, model_args: dict, source: str, checkpoint: dict
 ) -> BATVisionTransformer:
-    """The model of the run with its first weights, on the CPU.
+    """The model of the run with its first weights, on the CPU; sets its keep rate for a target.
 
     Raises:
-        InputError: the model cannot be built, or the checkpoint does not fit it.
+        InputError: the model cannot be built, the checkpoint does not fit it, or no keep rate is
+            cheap enough.
     """
     seed_everything(args.seed)  # the same first weights in every process
-    model = build_model(model_args, drop_rate=args.drop, drop_path_rate=args.drop_path)
-    if args.target_gmacs is not None:
-        apply_target_gmacs(model, args.target_gmacs, model_args)
-    if source and source == args.finetune:
-        grid_size = patch_grid(checkpoint)
-        load_pretrained(model, model_weights(checkpoint), source, grid_size=grid_size)
-    elif source:
-        load_weights(model, model_weights(checkpoint), source)
+    model = model_from_checkpoint(
+        checkpoint,
+        ema=args.ema,
+        source=source,
+        new_head=bool(args.finetune) and source == args.finetune,
+        **model_args | {"drop_rate": args.drop, "drop_path_rate": args.drop_path},
+    )
+    apply_target_gmacs(args.target_gmacs, model, model_args)
     return model
+
+
+def apply_target_gmacs(
+    target_gmacs: float | None, model: BATVisionTransformer, model_args: dict
+) -> None:
+    """Sets the largest keep rate within a budget, in the model and in its keywords."""
+    if target_gmacs is None:
+        return
+    try:
+        keep_rate = find_keep_rate(model, target_gmacs)
+    except ValueError as problem:
+        raise InputError(str(problem)) from problem
+    model.set_keep_rate(keep_rate)
+    model_args["keep_rate"] = keep_rate
+    logger.info(f"--target-gmacs {target_gmacs}: keep rate {keep_rate}")
+
+
+def build_state(
+    args: argparse.Namespace, model: BATVisionTransformer, device: torch.device
+) -> TrainState:
+    """Optimizer, scheduler, gradient scaler and moving average around a model on its device.
+
+    Raises:
+        InputError: the optimizer or the scheduler is unknown, or a setting does not suit it.
+    """
+    total_batch = args.batch_size * args.accum_steps * get_world_size()
+    lr = args.lr if args.unscale_lr else args.lr * total_batch / REFERENCE_BATCH
+    try:
+        optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {"lr": lr}))
+        scheduler, _ = create_scheduler(args, optimizer)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as problem:
+        options = f"--opt {args.opt} --sched {args.sched}"
+        raise InputError(f"timm refuses {options}: {problem}") from problem
+    ema = None
+    if args.model_ema:
+        ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
+    scaler = torch.amp.GradScaler(device.type, enabled=find_amp(args.amp, device) == "fp16")
+    return TrainState(model, optimizer, scheduler, scaler, ema)
+
+
+def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...], amp: str) -> TrainOptions:
+    """How to run the steps; fine-tuning keeps dropout and stochastic depth off, as in DeiT."""
+    shrink = partial(
+        shrunk_keep_rate,
+        keep_rates=keep_rates,
+        start_epoch=args.shrink_start_epoch,
+        shrink_epochs=args.shrink_epochs,
+    )
+    return TrainOptions(
+        amp_dtype=AMP_DTYPES[amp],
+        accum_steps=args.accum_steps,
+        clip_grad=args.clip_grad,
+        print_freq=args.print_freq,
+        seed=args.seed,
+        training_mode=not args.finetune if args.train_mode is None else args.train_mode,
+        keep_rate_at=shrink if args.shrink_epochs > 0 else None,
+        shrink_by_step=not args.compile,
+    )
+
+
+def wrap_model(model: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The model to call in training: compiled, and with gradients shared among processes."""
+    if compiled:
+        model.compile(dynamic=False)
+    if get_world_size() == 1:
+        return model
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+
+
+# Evaluating -------------------------------------------------------------------------------------
 
 
 def run_evaluation(
     args: argparse.Namespace,
     model: BATVisionTransformer,
-    val_loader: DataLoader,
+    val_loader: DataLoader | CachedLoader,
     device: torch.device,
     header: str = "Test:",
     **options,
@@ -110,7 +300,7 @@ def run_evaluation(
         val_loader,
         model,
         device,
-        amp_dtype=AMP_DTYPES[args.amp],
+        amp_dtype=AMP_DTYPES[find_amp(args.amp, device)],
         print_freq=args.print_freq,
         header=header,
         all_ranks=args.dist_eval,
@@ -125,16 +315,50 @@ def run_evaluation(
     return result
 
 
-def run_training(
+def validate(
     args: argparse.Namespace,
     state: TrainState,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
+    val_loader: DataLoader | CachedLoader,
+    device: torch.device,
+    folder: RunFolder | None,
+    stop_requested: StopRequest,
+) -> dict[str, float]:
+    """Evaluates the weights and their moving average, and keeps the best of the former."""
+    evaluated = partial(
+        run_evaluation, args, val_loader=val_loader, device=device, stop_requested=stop_requested
+    )
+    correct: list[torch.Tensor] = []
+    results = {"test": evaluated(state.model, header="test:", correct=correct)}
+    improved = results["test"]["acc1"] > state.best.get("test_acc1", -1.0)
+    if state.ema is not None:
+        average = state.ema.module
+        if next(average.parameters()).device != device:
+            average = copy.deepcopy(average).to(device)
+        results["test_ema"] = evaluated(average, header="test_ema:")
+    for prefix, result in results.items():
+        name = f"{prefix}_acc1"
+        state.best[name] = max(state.best.get(name, -1.0), result["acc1"])
+    if folder is not None:
+        if improved:
+            folder.save_best(state)
+        if correct and get_world_size() == 1:
+            folder.save_correct(torch.cat(correct))
+    logger.info(f"Best Acc@1 so far: {state.best['test_acc1']:.3f}")
+    return {f"{p}_{name}": value for p, result in results.items() for name, value in result.items()}
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
+def train(
+    args: argparse.Namespace,
+    state: TrainState,
+    train_loader: DataLoader | CachedLoader,
+    val_loader: DataLoader | CachedLoader,
     *,
     device: torch.device,
     criterion: nn.Module,
-    mixup: Mixup | None,
-    recorder: Recorder | None,
+    folder: RunFolder | None,
 ) -> None:
     """Trains from `state.epoch` to the last epoch.
 
@@ -142,18 +366,26 @@ def run_training(
         DivergenceError: the loss or the gradient is not finite.
         PreemptedError: a signal asked the run to stop; a checkpoint has been written.
     """
-    options = train_options(args, state.model.keep_rates)
+    options = train_options(args, state.model.keep_rates, find_amp(args.amp, device))
     model = wrap_model(state.model, device, compiled=args.compile)
+    mixup = build_mixup(args, state.model.num_classes)
     stop_requested = StopRequest()
     schedule = CheckpointSchedule(args.checkpoint_interval)
 
+    def save(state: TrainState) -> None:
+        barrier(device)  # no process is behind the checkpoint, and none runs ahead of it
+        if folder is not None:
+            folder.save(state)
+        barrier(device)
+
     def save_if_due(state: TrainState) -> None:
         if schedule.due(state.updates, device):
-            save_checkpoint(state, recorder, device)
+            save(state)
 
     begin = time.time()
     try:
         for epoch in range(state.epoch, args.epochs):
+            # Train
             entry = train_and_time(
                 state,
                 model,
@@ -161,59 +393,47 @@ def run_training(
                 train_loader,
                 device=device,
                 options=options,
-                accum_steps=args.accum_steps,
                 mixup=mixup,
                 after_update=save_if_due,
                 stop_requested=stop_requested,
             )
+            # Evaluate, at the keep rate that the epoch ends with
             if options.keep_rate_at is not None:
                 set_keep_rate(state, options.keep_rate_at(epoch + 1))
+                if args.compile:
+                    torch.compiler.reset()  # graphs of earlier keep rates are of no more use
             if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
-                entry |= validate(args, state, val_loader, device, recorder, stop_requested)
+                entry |= validate(args, state, val_loader, device, folder, stop_requested)
+            # Log and save
             state.scheduler.step(epoch)
             state.epoch, state.step, state.metrics = epoch + 1, 0, {}
-            if recorder is not None:
-                recorder.log_epoch(entry)
-            save_checkpoint(state, recorder, device)
+            if folder is not None:
+                folder.log_epoch(entry)
+            save(state)
     except PreemptedError:
-        save_checkpoint(state, recorder, device)
+        save(state)
         raise
     took = datetime.timedelta(seconds=int(time.time() - begin))
     logger.info(f"Training time {took}, best Acc@1 {state.best.get('test_acc1', math.nan):.3f}")
-
-
-def wrap_model(model: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
-    """The model to call in training: compiled, and with gradients shared among processes."""
-    if compiled:
-        model.compile()
-    if get_world_size() == 1:
-        return model
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-
-
-def save_checkpoint(state: TrainState, recorder: Recorder | None, device: torch.device) -> None:
-    """Writes a checkpoint while no process is behind it, and none runs ahead of it."""
-    barrier(device)
-    if recorder is not None:
-        recorder.save(state)
-    barrier(device)
 
 
 def train_and_time(
     state: TrainState,
     model: nn.Module,
     criterion: nn.Module,
-    train_loader: DataLoader,
+    train_loader: DataLoader | CachedLoader,
     *,
-    accum_steps: int,
-    **options,
+    options: TrainOptions,
+    **more,
 ) -> dict:
     """Trains for (the rest of) an epoch and returns what log.txt says of it."""
     first_step, begin = state.step, time.time()
     sampler, batch_size = train_loader.sampler, train_loader.batch_size
-    num_steps = num_training_steps(sampler.epoch_length // batch_size, accum_steps)
+    num_steps = num_training_steps(sampler.epoch_length // batch_size, options.accum_steps)
     sampler.set_epoch(state.epoch, start=first_step * batch_size)
-    result = train_one_epoch(state, model, criterion, train_loader, num_steps=num_steps, **options)
+    result = train_one_epoch(
+        state, model, criterion, train_loader, num_steps=num_steps, options=options, **more
+    )
     seconds = time.time() - begin
     images = (num_steps - first_step) * batch_size * get_world_size()
     return {
@@ -225,157 +445,124 @@ def train_and_time(
     }
 
 
-def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...]) -> TrainOptions:
-    """How to run the steps; fine-tuning keeps dropout and stochastic depth off, as in DeiT."""
-    shrink = partial(
-        shrunk_keep_rate,
-        keep_rates=keep_rates,
-        start_epoch=args.shrink_start_epoch,
-        shrink_epochs=args.shrink_epochs,
-    )
-    return TrainOptions(
-        amp_dtype=AMP_DTYPES[args.amp],
-        accum_steps=args.accum_steps,
-        clip_grad=args.clip_grad,
-        print_freq=args.print_freq,
-        seed=args.seed,
-        training_mode=not args.finetune if args.train_mode is None else args.train_mode,
-        keep_rate_at=shrink if args.shrink_epochs > 0 else None,
-        shrink_by_step=not args.compile,
-    )
-
-
-def validate(
+def start_state(
     args: argparse.Namespace,
     state: TrainState,
-    val_loader: DataLoader,
-    device: torch.device,
-    recorder: Recorder | None,
-    stop_requested: StopRequest,
-) -> dict[str, float]:
-    """Evaluates the weights and their moving average, and keeps the best of the former."""
-    entry, hits = {}, []
-    for prefix, model in evaluation_models(state, device).items():
-        result = run_evaluation(
-            args,
-            model,
-            val_loader,
-            device,
-            f"{prefix}:",
-            stop_requested=stop_requested,
-            hits=hits if prefix == "test" else None,
-        )
-        entry |= {f"{prefix}_{name}": value for name, value in result.items()}
-        best = max(state.best.get(f"{prefix}_acc1", -1.0), result["acc1"])
-        improved = best > state.best.get(f"{prefix}_acc1", -1.0)
-        state.best[f"{prefix}_acc1"] = best
-        if prefix == "test" and improved and recorder is not None:
-            recorder.save_best(state)
-    if hits and recorder is not None and get_world_size() == 1:
-        recorder.save_hits(torch.cat(hits))
-    logger.info(f"Best Acc@1 so far: {state.best['test_acc1']:.3f}")
-    return entry
+    train_loader: DataLoader | CachedLoader,
+    source: str,
+    checkpoint: dict,
+) -> dict:
+    """Puts the state where the run begins; returns the facts about it for args.json.
+
+    Raises:
+        InputError: the checkpoint cannot be continued with these flags.
+    """
+    if source:
+        restore(state, checkpoint, source, args)
+        if state.step * args.batch_size > train_loader.sampler.epoch_length:
+            raise InputError(
+                f"{source} stopped after {state.step * args.batch_size} images of an epoch, and "
+                f"--epoch-images {args.epoch_images} ends it earlier"
+            )
+    elif args.start_epoch > 0:
+        state.epoch = args.start_epoch
+        state.scheduler.step(args.start_epoch - 1)
+    total_batch = args.batch_size * args.accum_steps * get_world_size()
+    peak_lr = max(state.scheduler.base_values)
+    logger.info(f"total batch: {total_batch} images, peak learning rate: {peak_lr:.6g}")
+    return {"total_batch": total_batch, "peak_lr": peak_lr}
 
 
-def describe_only(args: argparse.Namespace, checkpoint: dict) -> None:
+# The command line -------------------------------------------------------------------------------
+
+
+def describe_only(args: argparse.Namespace, model_args: dict) -> None:
     """Prints what the model's keep rate means; needs no data."""
-    args = with_stored_model(args, checkpoint.get("model_args"))
-    model_args = model_arguments(args, num_classes=1000)
     model = build_model(model_args)
-    if args.target_gmacs is not None:
-        apply_target_gmacs(model, args.target_gmacs, model_args)
+    apply_target_gmacs(args.target_gmacs, model, model_args)
     logger.info(describe(model))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Builds everything, then trains or evaluates."""
+    # Start
+    CheckpointSchedule(args.checkpoint_interval)  # refused before anything is built
+    source, checkpoint = starting_point(args)
+    is_finetuning = bool(source) and source == args.finetune
+    stored = dict(checkpoint.get("model_args") or {})
+    if is_finetuning:  # may have other classes than its source
+        stored.pop("num_classes", None)
+    model_args = model_arguments(args, stored)
+    if args.describe:
+        describe_only(args, model_args)
+        return
+    if args.deterministic:
+        make_deterministic()
+    device = init_process(args.device, args.dist_timeout)
+    logger.info(f"device: {device}, autocast: {find_amp(args.amp, device)}")
+    output_dir = check_writable(args.output_dir) if args.output_dir else None
+
+    # Data
+    train_dataset, val_dataset = build_datasets(args, model_args["img_size"], device)
+    num_classes = len(val_dataset.classes)
+    if model_args.setdefault("num_classes", num_classes) != num_classes:
+        raise InputError(
+            f"the model has {model_args['num_classes']} classes, the data set {num_classes}"
+        )
+    val_loader = build_val_loader(args, val_dataset, device)
+
+    # Model
+    model = build_run_model(args, model_args, source, checkpoint).to(device)
+    facts = {"gmacs": count_gmacs(model), "parameters": count_parameters(model)}
+    logger.info(f"{model_args}\n{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")
+    if args.eval:
+        if args.compile:
+            model.compile(dynamic=False)
+        run_evaluation(args, model, val_loader, device)
+        return
+
+    # Training
+    train_loader = build_train_loader(args, train_dataset, device)
+    criterion = build_criterion(args, num_classes, device)
+    state = build_state(args, model, device)
+    resumed = "" if is_finetuning else source
+    facts |= start_state(args, state, train_loader, resumed, checkpoint)
+    folder = None
+    if output_dir is not None and is_main_process():
+        folder = RunFolder(output_dir, args, model_args, val_dataset.classes)
+        folder.start(state.epoch, facts, source=resumed)
+    try:
+        loaders = train_loader, val_loader
+        train(args, state, *loaders, device=device, criterion=criterion, folder=folder)
+    finally:
+        if folder is not None:
+            folder.close()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     setup_logging()
     parser = get_args_parser()
-    typed = parser.parse_args(argv)
-    with parser.exit_on_bad_input():
-        check_args(parser, typed)
-        source, checkpoint = starting_point(typed)
-        if typed.describe:
-            describe_only(typed, checkpoint)
-            return 0
-        resumed = source not in ("", typed.finetune)
-        # A fine-tuned model may have other classes than its source, a resumed one may not.
-        stored = dict(checkpoint.get("model_args") or {})
-        if typed.finetune and source == typed.finetune:
-            stored.pop("num_classes", None)
-        args = with_stored_model(typed, stored)
-        CheckpointSchedule(args.checkpoint_interval)  # refused before anything is built
-        if args.deterministic:
-            make_deterministic()
-        device = init_process(args.device, args.dist_timeout)
-        folder = check_writable(args.output_dir) if args.output_dir else None
-        train_dataset, val_dataset, num_classes = build_datasets(args)
-        if args.nb_classes not in (None, num_classes):
-            raise InputError(f"the model has {args.nb_classes} classes, the data set {num_classes}")
-        model_args = model_arguments(args, num_classes)
-        model = build_run_model(args, model_args, source, checkpoint)
-        gmacs = count_gmacs(model)
-        logger.info(f"{model_args}\n{count_parameters(model):,} parameters, {gmacs:.4f} GMACs")
-        val_loader = build_val_loader(args, val_dataset, device)
-        if not args.eval:
-            train_loader = build_train_loader(args, train_dataset, device)
-            mixup = build_mixup(args, num_classes)
-            criterion = build_criterion(args, num_classes, device, soft_targets=mixup is not None)
-            state = build_state(args, model.to(device), device)
-            if args.start_epoch > 0:
-                state.epoch = args.start_epoch
-                state.scheduler.step(args.start_epoch - 1)
-            if resumed:
-                sizes = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
-                restore(state, checkpoint, source, **sizes)
-    if args.eval:
-        evaluation = partial(run_evaluation, args, model.to(device), val_loader, device)
-        return exit_code(parser, evaluation)
-
-    recorder = None
-    if folder is not None and is_main_process():
-        recorder = Recorder(
-            folder, typed, model_args, val_dataset.classes, keep_checkpoints=args.keep_checkpoints
-        )
-        facts = {"gmacs": gmacs, "parameters": count_parameters(model)}
-        opening = partial(recorder.start, state.epoch, facts, resumed=resumed)
-        if code := exit_code(parser, opening):
-            return code
-    training = partial(
-        run_training,
-        args,
-        state,
-        train_loader,
-        val_loader,
-        device=device,
-        criterion=criterion,
-        mixup=mixup,
-        recorder=recorder,
-    )
-    code = exit_code(parser, training)
-    if recorder is not None:
-        recorder.close()
-    return code
-
-
-def exit_code(parser: ArgumentParser, run: Callable[[], object]) -> int:
-    """Runs the expensive part; what can go wrong in it becomes one line and an exit code."""
+    args = parser.parse_args(argv)
+    check_args(parser, args)
     try:
-        run()
+        run(args)
         return 0
-    except InputError as problem:  # an unreadable image
+    except InputError as problem:
         parser.error(str(problem))
     except DivergenceError as problem:
         code, message = EXIT_DIVERGED, f"stopped: {problem}"
     except PreemptedError as problem:
-        code, message = EXIT_PREEMPTED, f"stopped as asked, {problem}; --resume auto goes on"
-    except OSError as problem:
+        advice = "--resume auto goes on" if args.output_dir else "nothing is saved: no --output-dir"
+        code, message = EXIT_PREEMPTED, f"stopped as asked, {problem}; {advice}"
+    except OutputError as problem:
         code, message = EXIT_NOT_WRITTEN, f"stopped: {problem}"
     except RuntimeError as problem:
+        # gloo's errors have no type of their own
         if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):
             raise
-        lost = Survivors.lost_ranks()
-        code, message = EXIT_LOST_PROCESS, f"rank {get_rank()} stopped: lost rank(s) {lost}"
+        reason = " ".join(str(problem).split())
+        code, message = EXIT_LOST_PROCESS, f"rank {get_rank()} stopped: {reason}"
     logger.error(f"{parser.prog}: {message}")
     return code
 

@@ -8,14 +8,22 @@ Modifications of DeiT's `samplers.py: RASampler` (https://github.com/facebookres
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
-from datasets import SampleKey
 
 # DeiT cuts an epoch of repeated augmentation to a multiple of this many samples.
 REPEATED_EPOCH_MULTIPLE = 256
+
+
+class SampleKey(NamedTuple):
+    """What a training sample's augmentation depends on, beside the run's random seed."""
+
+    index: int
+    epoch: int
+    repetition: int
 
 
 def _check_ranks(num_samples: int, rank: int, world_size: int) -> None:

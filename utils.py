@@ -1,35 +1,47 @@
-"""Meters, the rank-aware logger, process groups and seeding."""
+"""Processes, meters, random seeds, and the files that every script writes."""
 
 import datetime
 import json
 import logging
 import multiprocessing
 import os
+import platform
 import random
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_low
 from types import FrameType
 from typing import IO
 
 import numpy as np
+import PIL
+import timm
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+import torchvision
 
 logger = logging.getLogger("bat")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-LOST_RANK_WAIT = 3.0  # seconds that survivors wait for each other's sign of life
+AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class InputError(ValueError):
     """Bad input from outside: scripts turn it into one line and exit code 2."""
+
+
+class OutputError(OSError):
+    """An output file cannot be written; the message has its path and the reason."""
+
+
+# Processes --------------------------------------------------------------------------------------
 
 
 def get_rank() -> int:
@@ -69,8 +81,18 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
         The device of this process.
 
     Raises:
-        InputError: the device does not exist here.
+        InputError: the device does not exist here, or all processes would share it.
     """
+    chosen = _find_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if chosen.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    return chosen
+
+
+def _find_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -79,63 +101,49 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
             torch.empty(0, device=chosen)  # fails where there is none
     except (NotImplementedError, RuntimeError) as problem:
         raise InputError(f"unknown device '{device}', or there is none here") from problem
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"device '{device}' asked for, but no GPU is available")
-        index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        if index >= torch.cuda.device_count():
-            raise InputError(f"device cuda:{index} asked for, of {torch.cuda.device_count()} GPUs")
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        # torchrun keeps one store through all restarts, with the addresses of the dead in it.
-        store = dist.PrefixStore(f"attempt_{_restart_count(world_size)}", store)
-        Survivors.store = store
-        dist.init_process_group(
-            backend="nccl" if chosen.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-    return chosen
+    if chosen.type != "cuda":
+        return chosen
+    if chosen.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {device} would put every process on one GPU: use --device cuda")
+    if not torch.cuda.is_available():
+        raise InputError(f"device '{device}' asked for, but no GPU is available")
+    index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise InputError(f"device cuda:{index} asked for, of {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
-def _restart_count(world_size: int) -> str:
-    """How often torchrun has restarted the processes; on several nodes each has its own count."""
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+def all_reduce(
+    values: list[float], device: torch.device, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> list[float]:
+    """Adds numbers over all processes (or takes another reduction of them), in float64."""
+    if get_world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total, op)
+    return total.tolist()
 
 
-class Survivors:
-    """Finds out which ranks are gone once a collective has failed."""
+def barrier(device: torch.device) -> None:
+    """Waits until every process has come here."""
+    all_reduce([0.0], device)
 
-    store: dist.Store | None = None
 
-    @classmethod
-    def lost_ranks(cls) -> list[int]:
-        """Ranks that give no sign of life within a few seconds; called by every survivor.
+@contextmanager
+def in_turns(device: torch.device) -> Iterator[None]:
+    """Runs the body in rank 0 first, then once on every other machine, then in the rest.
 
-        The store lives in rank 0 or in the launcher; when it is gone or does not answer, so is
-        rank 0. It may then keep whoever asks waiting for ever, hence the thread.
-        """
-        found: list[list[int]] = []
-        thread = threading.Thread(target=lambda: found.append(cls._ask()), daemon=True)
-        thread.start()
-        thread.join(2 * LOST_RANK_WAIT)
-        return found[0] if found else [0]
-
-    @classmethod
-    def _ask(cls) -> list[int]:
-        try:
-            cls.store.set(f"survivor/{get_rank()}", "here")
-            time.sleep(LOST_RANK_WAIT)
-            ranks = range(get_world_size())
-            return [rank for rank in ranks if not cls.store.check([f"survivor/{rank}"])]
-        except RuntimeError:
-            return [0]
+    For what one process should prepare (a download, a cache) and the others then find.
+    """
+    turn = 0 if is_main_process() else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+    for _ in range(turn):
+        barrier(device)
+    try:
+        yield
+    finally:
+        for _ in range(turn, 3):
+            barrier(device)
 
 
 class StopRequest:
@@ -171,8 +179,11 @@ def end_workers() -> None:
         child.kill()
 
 
+# Numbers ----------------------------------------------------------------------------------------
+
+
 def seed_everything(*fields: int) -> None:
-    """Seeds every random stream of this process from integers such as (seed, rank, epoch, step).
+    """Seeds every random generator of this process from integers: (seed, rank, epoch, step).
 
     Called before every step, so that a resumed run draws what an undisturbed one would have drawn
     and no random state has to be stored.
@@ -183,27 +194,28 @@ def seed_everything(*fields: int) -> None:
     torch.manual_seed(seed)
 
 
-def all_reduce(
-    values: list[float], device: torch.device, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-) -> list[float]:
-    """Adds numbers over all processes (or takes another reduction of them), in float64."""
-    if get_world_size() == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total, op)
-    return total.tolist()
-
-
-def barrier(device: torch.device) -> None:
-    """Waits until every process has come here."""
-    all_reduce([0.0], device)
-
-
 def make_deterministic() -> None:
     """Makes every later operation reproducible on this machine; slower on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def find_amp(choice: str, device: torch.device) -> str:
+    """The autocast type, a key of `AMP_DTYPES`, that a choice means on a device.
+
+    Args:
+        choice: such a key, or "auto": bf16 on GPUs that have it, fp16 on others, off elsewhere.
+        device: where the model runs.
+    """
+    if choice != "auto":
+        return choice
+    if device.type != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+# Meters -----------------------------------------------------------------------------------------
 
 
 class SmoothedValue:
@@ -221,17 +233,10 @@ class SmoothedValue:
         self.count = 0
         self.fmt = fmt
 
-    def update(self, value: float, n: int = 1) -> None:
-        """Adds a value that stands for n of them."""
+    def update(self, value: float) -> None:
         self.deque.append(value)
-        self.count += n
-        self.total += value * n
-
-    @property
-    def median(self) -> float:
-        """Lower median of the latest values."""
-        ordered = sorted(self.deque)
-        return ordered[(len(ordered) - 1) // 2] if ordered else float("nan")
+        self.count += 1
+        self.total += value
 
     @property
     def avg(self) -> float:
@@ -243,22 +248,19 @@ class SmoothedValue:
         """Mean of all values."""
         return self.total / self.count if self.count else float("nan")
 
-    @property
-    def value(self) -> float:
-        """The last value."""
-        return self.deque[-1] if self.deque else float("nan")
-
     def __str__(self) -> str:
+        latest = self.deque or [float("nan")]
         return self.fmt.format(
-            median=self.median, avg=self.avg, global_avg=self.global_avg, value=self.value
+            median=median_low(latest),
+            avg=self.avg,
+            global_avg=self.global_avg,
+            value=latest[-1],
         )
 
     def state_dict(self) -> dict:
-        """Plain values that `load_state_dict` takes."""
         return {"latest": list(self.deque), "total": self.total, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state_dict` was taken."""
         self.deque.clear()
         self.deque.extend(state["latest"])
         self.total, self.count = state["total"], state["count"]
@@ -268,31 +270,19 @@ class MetricLogger:
     """Meters by name, and DeiT's progress lines with an ETA."""
 
     def __init__(self) -> None:
-        """Starts without meters."""
         self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
 
-    def add_meter(self, name: str, meter: SmoothedValue) -> None:
-        """Adds a meter with a format of its own."""
-        self.meters[name] = meter
-
     def update(self, **values: float) -> None:
-        """Updates meters by name."""
         for name, value in values.items():
             self.meters[name].update(float(value))
 
     def __str__(self) -> str:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def averages(self) -> dict[str, float]:
-        """Mean of every meter."""
-        return {name: meter.global_avg for name, meter in self.meters.items()}
-
     def state_dict(self) -> dict:
-        """Plain values that `load_state_dict` takes."""
         return {name: meter.state_dict() for name, meter in self.meters.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state_dict` was taken."""
         for name, meter_state in state.items():
             self.meters[name].load_state_dict(meter_state)
 
@@ -335,19 +325,79 @@ def _memory() -> str:
     return f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
 
 
+# Files ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write into an `OutputError` with the path."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as problem:
+        raise OutputError(f"cannot write {path}: {problem.strerror or problem}") from problem
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file that is there whole or not at all, even if the process is killed.
+    """Writes a file that is there whole or not at all, even if the machine goes down.
 
     Args:
         path: the file to make or replace.
         write: called with the open binary file.
+
+    Raises:
+        OutputError: the disk is full or the folder is gone; the file at `path` is as it was.
     """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with writing(path):
+            try:
+                with open(partial, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except RuntimeError as problem:  # what torch.save makes of an OSError
+                raise OSError(str(problem).strip().partition("\n")[0]) from problem
+            os.replace(partial, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OutputError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Makes an output folder.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise InputError(f"output folder {folder} cannot be written: {reason}") from problem
+    return folder
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a `log.txt`; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
 
 
 def git_hash() -> str:
@@ -362,14 +412,17 @@ def git_hash() -> str:
     return result.stdout.strip()
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a `log.txt`; a last line that was cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the device."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "machine": platform.machine(),
+        "gpu": gpu,
+        "threads": str(torch.get_num_threads()),
+    }

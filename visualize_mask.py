@@ -86,37 +86,6 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def list_images(path: Path) -> list[Path]:
-    """Finds the images that a path stands for.
-
-    Args:
-        path: a folder, searched recursively, in sorted order; an image; or a text file with one
-            path a line, relative to the current folder (empty lines and lines with # do not count).
-
-    Returns:
-        At least one path; those from a list need not exist.
-
-    Raises:
-        InputError: nothing there, or no image in it.
-    """
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS]
-        files = sorted(file for file in files if file.is_file())
-    elif path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
-        files = [path]
-    elif path.is_file():
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError as problem:
-            raise InputError(f"{path} is neither an image nor a text file with paths") from problem
-        files = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
-    else:
-        raise InputError(f"data path {path} does not exist")
-    if not files:
-        raise InputError(f"no image in {path} (extensions: {' '.join(IMG_EXTENSIONS)})")
-    return files
-
-
 def file_sources(files: Sequence[Path], classes: Sequence[str], args: Namespace) -> list[Source]:
     """Makes a source of each image file; its folder's name is the class if `classes` has it.
 

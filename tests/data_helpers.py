@@ -52,6 +52,6 @@ def write_image_folder(root: Path) -> Path:
 def refusal(is_train: bool, args: Namespace) -> str:
     """The one-line text with which `build_dataset` refuses the arguments."""
     with pytest.raises(InputError) as error:
-        build_dataset(is_train, args)
+        build_dataset(is_train, args, args.input_size)
     assert "\n" not in str(error.value)
     return str(error.value)

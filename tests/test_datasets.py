@@ -27,7 +27,7 @@ from datasets import (
     build_transform,
     check_same_classes,
 )
-from images import ResizeToCover, allow_posterize_to_black
+from inputs.images import ResizeToCover, allow_posterize_to_black
 from samplers import EvalSampler, TrainSampler
 from utils import InputError
 

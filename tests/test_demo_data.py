@@ -10,9 +10,9 @@ import pytest
 from data_helpers import dataset_args, refusal, write_image_folder
 from PIL import Image
 
-import demo_data
+from inputs import demo as demo_data
 from datasets import build_dataset, check_same_classes
-from demo_data import DEMO_CLASSES, is_demo, make_demo
+from inputs.demo import DEMO_CLASSES, is_demo, make_demo
 from utils import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def test_demo_never_replaces_other_data(tmp_path: Path) -> None:
 
 def test_two_processes_make_one_demo(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path[:0] = sys.argv[2:]; from demo_data import make_demo; "
+        "import sys; sys.path[:0] = sys.argv[2:]; from inputs.demo import make_demo; "
         f"make_demo(sys.argv[1], **{SMALL})"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "demo"), *sys.path]

@@ -14,7 +14,7 @@ from data_helpers import dataset_args, random_image
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset
-from image_cache import CachedLoader, build_cached_loader, cached_images, crop_and_flip
+from inputs.cache import CachedLoader, build_cached_loader, cached_images, crop_and_flip
 from samplers import EvalSampler, TrainSampler
 
 CPU = torch.device("cpu")

@@ -19,9 +19,8 @@ from conftest import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from builders import build_datasets, build_val_loader, with_stored_model
 from checkpoints import load_checkpoint, model_from_checkpoint
-from datasets import make_demo
+from inputs.demo import make_demo
 from engine import evaluate
 from models import count_gmacs
 
@@ -118,8 +117,7 @@ def test_checkpoints_hold_plain_values_and_the_moving_average(trained: Run) -> N
 
 def evaluate_by_hand(model, data_path: Path) -> float:
     args = main.get_args_parser().parse_args([*RUN_FLAGS, "--data-path", str(data_path), "--eval"])
-    args = with_stored_model(args, {"img_size": (32, 32)})
-    loader = build_val_loader(args, build_datasets(args)[1], CPU)
+    loader = main.build_val_loader(args, main.build_datasets(args, (32, 32), CPU)[1], CPU)
     return evaluate(loader, model, CPU)["acc1"]
 
 

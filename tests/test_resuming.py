@@ -9,7 +9,7 @@ from conftest import PLAIN_FLAGS, RUN_FLAGS, Run, RunMain, read_log, write_image
 from timm.layers import resample_abs_pos_embed
 
 from checkpoints import load_checkpoint
-from recorder import Recorder
+from checkpoints import RunFolder
 
 
 def test_resume_auto_continues_where_the_run_stopped(
@@ -18,7 +18,7 @@ def test_resume_auto_continues_where_the_run_stopped(
     class Crash(Exception):
         pass
 
-    save = Recorder.save
+    save = RunFolder.save
 
     def crash_in_third_epoch(self, state) -> None:
         if state.epoch == 3:  # logged already, not yet saved
@@ -27,7 +27,7 @@ def test_resume_auto_continues_where_the_run_stopped(
 
     flags = [*trained.flags, "--output-dir", tmp_path, "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "save", crash_in_third_epoch)
+        patch.setattr(RunFolder, "save", crash_in_third_epoch)
         with pytest.raises(Crash):
             call_main(*flags)
     assert len(read_log(tmp_path)) == 3, "one entry more than the checkpoint knows of"

@@ -9,8 +9,9 @@ from conftest import PLAIN_FLAGS, RUN_FLAGS, TINY_FLAGS, build_tiny
 from torch import Tensor
 
 from arguments import check_args, get_args_parser
-from builders import AMP_DTYPES, build_state
 from engine import TrainOptions, train_one_epoch
+from main import build_state
+from utils import AMP_DTYPES, find_amp
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ class Task:
     def train(self, criterion=None, *, mixup=None, after_update=None, **options) -> dict:
         """One epoch; options are those of TrainOptions beside the flags' own."""
         settings = {
-            "amp_dtype": AMP_DTYPES[self.args.amp],
+            "amp_dtype": AMP_DTYPES[find_amp(self.args.amp, CPU)],
             "accum_steps": self.args.accum_steps,
             "clip_grad": self.args.clip_grad,
             "print_freq": 100,

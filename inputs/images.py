@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from timm.data import auto_augment
 from torch import Tensor
 from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional
 
 from utils import InputError
@@ -19,6 +21,11 @@ from utils import InputError
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Longer images are cut to this many short sides before resizing, which bounds the memory.
 MAX_ASPECT_RATIO = 64
+
+
+# DeiT's limit: inputs up to this size are cropped out of the padded image, not zoomed into.
+SMALL_INPUT = 32
+CROP_PADDING = 4  # black pixels around an image that is cropped at random
 
 
 class BadImageError(InputError):
@@ -169,3 +176,47 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep, **options)
+
+
+def image_size(input_size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a size given as one number or as two."""
+    sizes = (input_size,) if isinstance(input_size, int) else tuple(input_size)
+    if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
+        raise InputError(f"input_size is {input_size}, allowed: one or two numbers from 1 up")
+    return sizes[0], sizes[-1]
+
+
+def is_small_input(input_size: int | Sequence[int]) -> bool:
+    """Whether DeiT's rule for CIFAR holds: crops of the padded image, and no crop to evaluate."""
+    return max(image_size(input_size)) <= SMALL_INPUT
+
+
+def list_images(path: Path) -> list[Path]:
+    """Finds the images that a path stands for.
+
+    Args:
+        path: a folder, searched recursively, in sorted order; an image; or a text file with one
+            path a line, relative to the current folder (empty lines and lines with # do not count).
+
+    Returns:
+        At least one path; those from a list need not exist.
+
+    Raises:
+        InputError: nothing there, or no image in it.
+    """
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS]
+        files = sorted(file for file in files if file.is_file())
+    elif path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
+        files = [path]
+    elif path.is_file():
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as problem:
+            raise InputError(f"{path} is neither an image nor a text file with paths") from problem
+        files = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+    else:
+        raise InputError(f"data path {path} does not exist")
+    if not files:
+        raise InputError(f"no image in {path} (extensions: {' '.join(IMG_EXTENSIONS)})")
+    return files

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torchvision import datasets
 
-from images import load_image
+from inputs.images import load_image
 from utils import InputError
 
 # DeiT's names for torchvision's target types of iNaturalist 2018 and 2019.

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler
 from torchvision import transforms
 
-from datasets import CROP_PADDING, SampleDataset, is_small_input
-from images import ResizeToCover
+from inputs.images import CROP_PADDING, ResizeToCover, is_small_input
 from samplers import EvalSampler, TrainSampler
 from utils import InputError, barrier, get_rank, logger
 
@@ -30,7 +29,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 AUGMENTATION_STREAM = 0x5DEECE66D  # sets the draws of an epoch apart from its shuffle
 
 
-def digest_dataset(dataset: SampleDataset) -> str:
+def digest_dataset(dataset) -> str:
     """Short hash of a data set's classes, targets and file names (as far as it has files)."""
     samples = getattr(dataset.source, "samples", ())
     files = [os.path.relpath(path, dataset.source.root) for path, _ in samples]
@@ -38,7 +37,7 @@ def digest_dataset(dataset: SampleDataset) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_cacheable(args: Namespace) -> None:
+def check_cacheable(args: Namespace, dataset) -> None:
     """Checks that the augmentation is one that `CachedLoader` knows: random crop and flip.
 
     Args:
@@ -58,7 +57,7 @@ def check_cacheable(args: Namespace) -> None:
         wanted.append("--color-jitter 0")
     if args.reprob:
         wanted.append("--reprob 0")
-    if not (args.src or is_small_input(args.input_size)):
+    if not (args.src or is_small_input(dataset.image_size)):
         wanted.append("--src")
     if wanted:
         raise InputError(
@@ -67,7 +66,7 @@ def check_cacheable(args: Namespace) -> None:
 
 
 def cached_images(
-    args: Namespace, dataset: SampleDataset, is_train: bool, device: torch.device
+    args: Namespace, dataset, is_train: bool, device: torch.device
 ) -> np.ndarray:
     """Opens the file of a data set's decoded images, after making it if it is not there.
 
@@ -90,7 +89,7 @@ def cached_images(
         BadImageError: an image cannot be read.
     """
     rows, cols = dataset.image_size
-    crop_ratio = 1.0 if is_train or is_small_input(args.input_size) else args.eval_crop_ratio
+    crop_ratio = 1.0 if is_train or is_small_input(dataset.image_size) else args.eval_crop_ratio
     stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
     facts = [digest_dataset(dataset), rows, cols, crop_ratio]
     facts += [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
@@ -107,7 +106,7 @@ def cached_images(
     return np.load(path, mmap_mode="c")
 
 
-def _decode(dataset: SampleDataset, crop_ratio: float, path: Path) -> None:
+def _decode(dataset, crop_ratio: float, path: Path) -> None:
     """Writes the file, whole or not at all."""
     rows, cols = dataset.image_size
     cover = ResizeToCover((int(rows / crop_ratio), int(cols / crop_ratio)))
@@ -215,7 +214,7 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
 
 def build_cached_loader(
     args: Namespace,
-    dataset: SampleDataset,
+    dataset,
     sampler: TrainSampler | EvalSampler,
     device: torch.device,
 ) -> CachedLoader:
@@ -231,7 +230,7 @@ def build_cached_loader(
         InputError: the augmentation is another one, or the cache cannot be written.
         BadImageError: an image cannot be read.
     """
-    check_cacheable(args)
+    check_cacheable(args, dataset)
     pixels = cached_images(args, dataset, isinstance(sampler, TrainSampler), device)
     # On the CPU the file itself is the memory, shared by all processes that read it.
     images = torch.from_numpy(pixels).to(device)
