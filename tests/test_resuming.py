@@ -7,8 +7,7 @@ import torch
 from conftest import PLAIN_FLAGS, RUN_FLAGS, Run, RunMain, read_log, write_images
 from timm.layers import resample_abs_pos_embed
 
-from checkpoints import load_checkpoint
-from checkpoints import RunFolder
+from checkpoints import RunFolder, load_checkpoint
 
 
 def test_resume_auto_continues_where_the_run_stopped(
