@@ -17,18 +17,12 @@ from models.trace import PatchKind, trace_patches
 from visualize_mask import BORDER_COLOURS, Picture, Source, StagePanel, draw_stage
 
 DROPPED, SINGLE, PAIR, CLUSTER = (int(kind) for kind in PatchKind)
-MODEL_ARGS = {
-    "model_name": "bat_deit_tiny_patch16_224",
-    "img_size": (32, 48),
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 4,
-    "num_heads": 3,
-    "reduction_loc": (1, 2),
-}
+SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
+MODEL_ARGS = {"model_name": "bat_deit_tiny_patch16_224", "img_size": (32, 48), **SHAPE}
+MODEL_ARGS["reduction_loc"] = (1, 2)
 MODEL_FLAGS = [
     "--model", MODEL_ARGS["model_name"], "--input-size", "32", "48", "--reduction-loc", "1", "2",
-    "--model-kwargs", "patch_size=8", "embed_dim=24", "depth=4", "num_heads=3",
+    "--model-kwargs", *(f"{name}={value}" for name, value in SHAPE.items()),
 ]  # fmt: skip
 TRANSFORM = build_transform(False, SimpleNamespace(eval_crop_ratio=0.875), (32, 48))
 
@@ -38,10 +32,6 @@ def random_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 200, (height, width, 3), dtype=np.uint8)
 
 
-def enlarge(image, scale):
-    return image.repeat(scale, axis=0).repeat(scale, axis=1)
-
-
 def find_panel(canvas, panel):
     """Whether `panel` is in `canvas` somewhere, exactly."""
     canvas, panel = (np.asarray(pixels) @ [65536, 256, 1] for pixels in (canvas, panel))
@@ -49,10 +39,8 @@ def find_panel(canvas, panel):
     hits = np.ones((rows, columns), dtype=bool)
     for y, x in np.random.default_rng(0).integers(0, panel.shape, (20, 2)):
         hits &= canvas[y : y + rows, x : x + columns] == panel[y, x]
-    return any(
-        (canvas[y : y + panel.shape[0], x : x + panel.shape[1]] == panel).all()
-        for y, x in np.argwhere(hits)
-    )
+    windows = np.lib.stride_tricks.sliding_window_view(canvas, panel.shape)
+    return any((windows[y, x] == panel).all() for y, x in np.argwhere(hits))
 
 
 def draw_slowly(image, group, kind, grid_size, scale):
@@ -60,30 +48,27 @@ def draw_slowly(image, group, kind, grid_size, scale):
     cell = [scale * side // count for side, count in zip(image.shape, grid_size, strict=False)]
     width = max(1, min(cell) // 12)
     owner = np.full([scale * side + 2 * width for side in image.shape[:2]], -2)  # -2: outside
-    patches = np.arange(group.size).reshape(grid_size)
-    patches = patches.repeat(cell[0], axis=0).repeat(cell[1], axis=1)
+    patches = np.kron(np.arange(group.size).reshape(grid_size), np.ones(cell, dtype=int))
     owner[width:-width, width:-width] = group[patches]
-    panel = enlarge(image, scale)
+    panel = np.kron(image, np.ones((scale, scale, 1), dtype=np.uint8))
     for y, x in np.ndindex(*patches.shape):
         token, token_kind = group[patches[y, x]], kind[patches[y, x]]
         if token_kind == DROPPED:
             panel[y, x] = 255
         elif token_kind != SINGLE:
             is_border = (owner[y : y + 2 * width + 1, x : x + 2 * width + 1] != token).any()
-            pixels = image[group[patches[::scale, ::scale]] == token].astype(np.float64)
-            mean = np.rint(pixels.mean(axis=0))
-            panel[y, x] = BORDER_COLOURS[token_kind] if is_border else mean
+            mean = image[group[patches[::scale, ::scale]] == token].mean(axis=0, dtype=np.float64)
+            panel[y, x] = BORDER_COLOURS[token_kind] if is_border else np.rint(mean)
     return panel
 
 
-@pytest.mark.parametrize(
-    ("grid_size", "patch", "scale"),
-    [((3, 4), (4, 4), 1), ((4, 3), (6, 4), 2), ((2, 5), (5, 8), 5), ((3, 3), (1, 1), 3)],
-)
+PANEL_CASES = [((4, 3), (6, 4), 2), ((2, 5), (5, 8), 5), ((3, 3), (1, 1), 3)]
+
+
+@pytest.mark.parametrize(("grid_size", "patch", "scale"), PANEL_CASES)
 def test_panel_equals_its_definition(grid_size, patch, scale):
-    rows, columns = grid_size
-    image = random_image(rows * patch[0], columns * patch[1])
-    group = np.random.default_rng(rows * columns).integers(-1, 4, rows * columns)
+    image = random_image(*np.multiply(grid_size, patch))
+    group = np.random.default_rng(0).integers(-1, 4, np.prod(grid_size))
     group[0], group[-1] = 4, -1  # a token of one patch, and a dropped one
     kind = np.array([PAIR, CLUSTER, CLUSTER, PAIR, SINGLE, DROPPED])[group]
     panel = draw_stage(image, group, kind, grid_size, scale)
@@ -91,22 +76,11 @@ def test_panel_equals_its_definition(grid_size, patch, scale):
     np.testing.assert_array_equal(panel, draw_slowly(image, group, kind, grid_size, scale))
 
 
-def test_panel_refuses_what_does_not_fit():
-    ones = np.ones(4, dtype=np.int64)
-    with pytest.raises(ValueError, match=r"grid_size \(2, 2\) must divide the image size \(9, 8\)"):
-        draw_stage(random_image(9, 8), ones, ones, (2, 2), 1)
-    with pytest.raises(ValueError, match=r"must be \(4,\): one a patch"):
-        draw_stage(random_image(8, 8), ones[:3], ones, (2, 2), 1)
-
-
-@pytest.mark.parametrize(
-    ("size", "grid", "scale"),
-    [((224, 224), (14, 14), 2), ((32, 32), (8, 8), 10), ((96, 384), (6, 24), 1),
-     ((300, 300), (75, 75), 2)],
-)  # fmt: skip
-def test_panels_are_enlarged_until_they_are_legible(size, grid, scale):
-    image = np.zeros((*size, 3), dtype=np.uint8)
-    assert visualize_mask.choose_scale(image, grid, visualize_mask.PANEL) == scale
+@pytest.mark.parametrize(("height", "entries"), [(9, 4), (8, 3)])
+def test_panel_refuses_what_does_not_fit(height, entries):
+    ones = np.ones(entries, dtype=np.int64)
+    with pytest.raises(ValueError, match=r"must divide the image|one a patch"):
+        draw_stage(random_image(height, 8), ones, ones, (2, 2), 1)
 
 
 def make_picture(image, grid_size, num_stages, name="name.png"):
@@ -116,8 +90,7 @@ def make_picture(image, grid_size, num_stages, name="name.png"):
         group = np.random.default_rng(seed).integers(-1, 6, grid_size[0] * grid_size[1])
         kinds = np.array([PAIR, PAIR, CLUSTER, CLUSTER, CLUSTER, SINGLE, DROPPED])
         stages.append(StagePanel(f"stage {seed}", group, kinds[group]))
-    source = Source(name, "cat", lambda: None)
-    return Picture(source, "predicted (50%): dog", image, grid_size, stages)
+    return Picture(Source(name, "cat", None), "W" * 300, image, grid_size, stages)
 
 
 def rendered(figure):
@@ -128,24 +101,16 @@ def rendered(figure):
 
 
 @pytest.mark.parametrize(("num_stages", "name"), [(0, "$a_$b^{.png"), (1, "x" * 300), (6, "a.png")])
-def test_picture_holds_the_original_and_every_panel(num_stages, name):
+def test_picture_holds_every_panel_and_text_that_fits(num_stages, name):
     picture = make_picture(random_image(24, 40), (3, 5), num_stages, name)
-    canvas = rendered(visualize_mask.draw_picture(picture, "a model"))
-    for panel in visualize_mask.draw_panels(picture, picture.image, 8):  # 8 x 40 >= 300
-        assert find_panel(canvas, panel)
-    strip = visualize_mask.draw_strip(picture)
-    for panel in visualize_mask.draw_panels(picture, picture.image, 3):  # 3 x 40 >= 112
-        assert find_panel(strip, panel)
-
-
-def test_text_stays_inside_its_panel():
-    picture = make_picture(random_image(24, 40), (3, 5), 2)._replace(prediction="W" * 300)
     figure = visualize_mask.draw_picture(picture, "words " * 200)
-    figure.draw_without_rendering()
+    canvas, strip = rendered(figure), visualize_mask.draw_strip(picture)
+    for board, scale in ((canvas, 8), (strip, 3)):  # 8 x 40 >= 300, 3 x 40 >= 112
+        for panel in visualize_mask.draw_panels(picture, picture.image, scale):
+            assert find_panel(board, panel)
     header, *titles = [text.get_window_extent() for text in figure.texts]
     assert header.x1 <= figure.bbox.width
-    for title in titles:
-        assert title.width <= 320 and title.y1 < header.y0
+    assert all(title.width <= 320 and title.y1 < header.y0 for title in titles)
 
 
 def test_contact_sheet_holds_every_strip_and_the_legend():
@@ -156,7 +121,7 @@ def test_contact_sheet_holds_every_strip_and_the_legend():
         assert strip.shape == (80 + 6, 2 * 120 + 9, 3)  # half the size, whole pixels a patch
         assert find_panel(sheet, strip)
     for colour in BORDER_COLOURS.values():
-        assert (sheet[-90:] == colour).all(axis=-1).any()
+        assert (sheet[-45:] == colour).all(axis=-1).any()
 
 
 def test_tokens_are_counted_by_kind():
@@ -172,8 +137,7 @@ def photos(tmp_path):
     for i, name in enumerate(("cat/a.png", "cat/b.jpg", "dog/c.png")):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(random_image(5, 6, i))
-        small.resize((60 + 10 * i, 50), Image.Resampling.BICUBIC).save(path)
+        Image.fromarray(random_image(50, 60 + 10 * i, i)).save(path)
     return tmp_path / "photos"
 
 
@@ -181,10 +145,10 @@ def save_checkpoint(path, **model_args):
     """Writes a model of three classes and, as its moving average, the same with a larger head."""
     torch.manual_seed(3)
     model = timm.create_model(**MODEL_ARGS | model_args, num_classes=3)
-    checkpoint = {"model": model.state_dict(), "model_args": MODEL_ARGS | model_args}
-    average = model.state_dict() | {"head.weight": model.head.weight.detach() + 1}
-    classes = ["cat", "dog", "fox"]
-    torch.save(checkpoint | {"model_ema": average, "classes": classes}, path)
+    weights, head = model.state_dict(), model.head.weight.detach()
+    checkpoint = {"model": weights, "model_ema": weights | {"head.weight": head + 1}}
+    checkpoint |= {"model_args": MODEL_ARGS | model_args, "classes": ["cat", "dog", "fox"]}
+    torch.save(checkpoint, path)
     return model.eval()
 
 
@@ -195,18 +159,6 @@ def run(*flags):
 def load(*flags):
     parser = visualize_mask.get_args_parser()
     return visualize_mask.prepare(parser.parse_args([str(flag) for flag in flags]))
-
-
-def expected_panels(model, path):
-    """Panels of an image file, worked out beside the script."""
-    tensor = TRANSFORM(Image.open(path).convert("RGB"))
-    image = visualize_mask.denormalize(tensor)
-    with torch.no_grad():
-        _, assignments = model.forward_with_assignments(tensor[None])
-    panels = [enlarge(image, 7)]  # 7 x 48 >= 300
-    for trace in trace_patches(assignments, model.stages()):
-        panels.append(draw_stage(image, trace.group[0].numpy(), trace.kind[0].numpy(), (4, 6), 7))
-    return panels
 
 
 @pytest.mark.parametrize("reduction", ["bat", "topk", "none"])
@@ -220,42 +172,43 @@ def test_script_draws_what_the_checkpoint_assigns(photos, tmp_path, reduction, c
     assert sorted(path.name for path in out.iterdir()) == names
     assert "2 of 3 images" in capsys.readouterr().out
     for source, name in zip(("cat/a.png", "cat/b.jpg"), names, strict=False):
+        tensor = TRANSFORM(Image.open(photos / source).convert("RGB"))
+        image = visualize_mask.denormalize(tensor)
+        with torch.no_grad():
+            _, assignments = model.forward_with_assignments(tensor[None])
+        panels = [image.repeat(7, axis=0).repeat(7, axis=1)]  # 7 x 48 >= 300
+        for trace in trace_patches(assignments, model.stages()):
+            group, kind = trace.group[0].numpy(), trace.kind[0].numpy()
+            panels.append(draw_stage(image, group, kind, (4, 6), 7))
         canvas = Image.open(out / name).convert("RGB")
-        panels = expected_panels(model, photos / source)
-        assert len(panels) == 3
-        assert all(find_panel(canvas, panel) for panel in panels)
+        assert len(panels) == 3 and all(find_panel(canvas, panel) for panel in panels)
     assert (panels[-1] == 255).all(axis=-1).any() == (reduction == "topk")
 
 
 def test_titles_name_model_weights_and_classes(photos, tmp_path):
-    save_checkpoint(tmp_path / "c.pth", keep_rate=0.5)
+    model = save_checkpoint(tmp_path / "c.pth", keep_rate=0.5)
 
     def pictured(*flags):
-        loaded, sources = load("--data-path", photos, *flags)
-        picture = visualize_mask.make_picture(loaded, sources[2], TRANSFORM(sources[2].read()))
-        return loaded.description, picture
+        loaded, sources = load("--data-path", photos / "dog", *flags)
+        image = TRANSFORM(sources[0].read())
+        return loaded, visualize_mask.make_picture(loaded, sources[0], image)
 
-    description, picture = pictured("--checkpoint", tmp_path / "c.pth")
-    assert description.startswith("bat_deit_tiny_patch16_224, bat, keep rate 0.5, ")
-    assert description.endswith("c.pth")
+    loaded, picture = pictured("--checkpoint", tmp_path / "c.pth")
+    assert loaded.description.startswith("bat_deit_tiny_patch16_224, bat, keep rate 0.5, ")
+    assert loaded.description.endswith("c.pth")
+    assert torch.equal(loaded.model.head.weight, model.head.weight)
     assert picture.source[:2] == ("c.png", "dog")
     assert picture.prediction.startswith("predicted (") and "%): " in picture.prediction
     assert [stage.title for stage in picture.stages] == [
         "stage 1 (block 1): 24 -> 12 tokens",
         "stage 2 (block 2): 12 -> 6 tokens",
     ]
-    description, picture = pictured(*MODEL_FLAGS)
-    assert description.endswith("keep rate 0.7, random weights")
-    assert picture.source.true_class == picture.prediction == ""
-
-
-def test_moving_average_is_drawn_when_asked_for(photos, tmp_path):
-    model = save_checkpoint(tmp_path / "c.pth")
-    flags = ["--checkpoint", tmp_path / "c.pth", "--data-path", photos]
-    assert torch.equal(load(*flags)[0].model.head.weight, model.head.weight)
-    loaded, _ = load(*flags, "--ema")
+    loaded, _ = pictured("--checkpoint", tmp_path / "c.pth", "--ema")
+    assert loaded.description.endswith("c.pth (exponential moving average)")
     assert torch.equal(loaded.model.head.weight, model.head.weight + 1)
-    assert "moving average" in loaded.description
+    loaded, picture = pictured(*MODEL_FLAGS)
+    assert loaded.description.endswith("keep rate 0.7, random weights")
+    assert picture.source.true_class == picture.prediction == ""
 
 
 @pytest.mark.parametrize(("size", "other_size"), [((32, 128), (64, 256)), ((48, 40), (32, 80))])
@@ -267,7 +220,7 @@ def test_position_embedding_is_resampled_from_its_own_grid(photos, tmp_path, siz
         model.pos_embed, [n // 8 for n in other_size], [n // 8 for n in size], num_prefix_tokens=1
     )
     torch.testing.assert_close(loaded.model.pos_embed, expected)
-    assert not torch.equal(load(*flags, *size)[0].model.pos_embed, expected)
+    assert torch.equal(load(*flags, *size)[0].model.pos_embed, model.pos_embed)
 
 
 def test_pixels_that_no_patch_covers_are_cut_off():
@@ -335,13 +288,8 @@ def test_unreadable_images_are_named_and_the_others_drawn(photos, tmp_path, kind
         (["--data-path", "{photos}", "--checkpoint", "{tmp}/none.pth"], "none.pth"),
         (["--data-path", "{photos}", "--checkpoint", "{tmp}/c.pth", "--model-kwargs", "depth=5"],
          "blocks.4"),
-        (["--data-path", "{photos}", "--keep-rate", "0"], "keep_rate"),
-        (["--data-path", "{photos}", "--model", "deit_tiny_patch16_224"], "tokens"),
         (["--data-path", "{photos}", "--num-images", "0"], "--num-images"),
         (["--data-path", "{photos}", "--ema"], "--ema"),
-        (["--data-path", "{photos}", "--model-kwargs", "img_size=64"], "--input-size"),
-        (["--data-path", "{photos}", "--device", "abacus"], "abacus"),
-        (["--data-path", "{tmp}", "--data-set", "IMNET"], "val"),
         (["--data-path", "{photos}", *MODEL_FLAGS, "--output-dir", "{tmp}/binary/out"], "binary"),
         ([], "--data-path"),
     ],
@@ -351,9 +299,8 @@ def test_bad_input_is_one_line_and_exit_code_2(photos, tmp_path, flags, message,
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     save_checkpoint(tmp_path / "c.pth")
     out = tmp_path / "out"
-    flags = [flag.format(tmp=tmp_path, photos=photos) for flag in flags]
     with pytest.raises(SystemExit) as exit_info:
-        run("--output-dir", out, *flags)
+        run("--output-dir", out, *(flag.format(tmp=tmp_path, photos=photos) for flag in flags))
     assert exit_info.value.code == 2
     output = capsys.readouterr()
     assert len(output.err.strip().splitlines()) == 1
