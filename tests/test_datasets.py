@@ -1,38 +1,43 @@
-"""Data sets: the same images on any machine, policies for bad ones, bad input."""
+"""Data sets: the same images on any machine, policies for bad ones, bad input, one download."""
 
 import json
 import pickle
 import random
 import shutil
+import time
 import traceback
+from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets
-from data_helpers import dataset_args, random_image, refusal, write_image_folder
+from data_helpers import (
+    Events,
+    build,
+    dataset_args,
+    random_image,
+    refusal,
+    run_group,
+    write_image_folder,
+)
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from datasets import (
-    DATA_SETS,
-    BadImageError,
-    SampleDataset,
-    SampleKey,
-    build_dataset,
-    build_transform,
-    check_same_classes,
-)
-from inputs.images import ResizeToCover, allow_posterize_to_black
-from samplers import EvalSampler, TrainSampler
-from utils import InputError
+from datasets import DATA_SETS, SampleDataset, build_dataset, build_transform, check_same_classes
+from inputs.images import BadImageError, ResizeToCover, allow_posterize_to_black
+from main import build_datasets
+from samplers import EvalSampler, SampleKey, TrainSampler
+from utils import InputError, in_turns
 
 # ImageNet's, written out as an independent check.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def _load(dataset: SampleDataset, keys: list, num_workers: int) -> Tensor:
 
 
 def test_images_do_not_depend_on_workers(folder: Path) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
+    dataset = build(True, folder)
     keys = list(TrainSampler(len(dataset), seed=1, num_repeats=3))
     alone = _load(dataset, keys, 0)
     torch.manual_seed(99)
@@ -59,8 +64,8 @@ def test_images_do_not_depend_on_workers(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", ["index", "epoch", "repetition", "seed"])
 def test_each_part_of_the_key_changes_the_augmentation(folder: Path, change: str) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
-    other_dataset, _ = build_dataset(True, dataset_args(folder, seed=4))
+    dataset = build(True, folder)
+    other_dataset = build(True, folder, seed=4)
     key = SampleKey(0, 0, 0)
     other_key = key if change == "seed" else key._replace(**{change: 1})
     other = (other_dataset if change == "seed" else dataset)[other_key]
@@ -69,7 +74,7 @@ def test_each_part_of_the_key_changes_the_augmentation(folder: Path, change: str
 
 
 def test_resuming_within_an_epoch_gives_the_same_images(folder: Path) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
+    dataset = build(True, folder)
     sampler = TrainSampler(len(dataset), seed=2)
     sampler.set_epoch(7)
     whole = torch.cat([batch[0] for batch in DataLoader(dataset, 2, sampler=sampler)])
@@ -79,7 +84,7 @@ def test_resuming_within_an_epoch_gives_the_same_images(folder: Path) -> None:
 
 
 def test_the_process_keeps_its_own_random_streams(folder: Path) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
+    dataset = build(True, folder)
 
     def draws(read: bool) -> tuple[float, float, float]:
         random.seed(1)
@@ -93,7 +98,7 @@ def test_the_process_keeps_its_own_random_streams(folder: Path) -> None:
 
 
 def test_evaluation_is_not_random(folder: Path) -> None:
-    dataset, num_classes = build_dataset(False, dataset_args(folder))
+    dataset, num_classes = build_dataset(False, dataset_args(folder), 48)
     first, second = _load(dataset, list(EvalSampler(6)), 0), _load(dataset, list(range(6)), 2)
     assert torch.equal(first, second)
     assert first.shape == (6, 3, 48, 48) and first.dtype == torch.float32
@@ -114,14 +119,13 @@ def test_evaluation_matches_torchvision() -> None:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    transform = build_transform(False, dataset_args("", input_size=224))
+    transform = build_transform(False, dataset_args(""), 224)
     assert torch.equal(transform(image), reference(image))
 
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "none"])
 def test_training_matches_timm(aa: str) -> None:
-    args = dataset_args("", input_size=64, aa=aa)
-    ours = build_transform(True, args)
+    ours = build_transform(True, dataset_args("", aa=aa), 64)
     theirs = create_transform(
         64, is_training=True, color_jitter=0.3, auto_augment=aa if aa != "none" else None,
         interpolation="random", re_prob=0.9, re_mode="pixel", re_count=2,
@@ -145,14 +149,14 @@ def test_every_input_size_from_every_image_size(
     is_train: bool, input_size: int | tuple[int, int], source_size: tuple[int, int]
 ) -> None:
     image = random_image(np.random.default_rng(2), *source_size)
-    transform = build_transform(is_train, dataset_args("", input_size=input_size))
+    transform = build_transform(is_train, dataset_args(""), input_size)
     sizes = [input_size] if isinstance(input_size, int) else list(input_size)
     assert transform(image).shape == (3, sizes[0], sizes[-1])
 
 
 def test_small_inputs_keep_cifars_pixels() -> None:
     image = random_image(np.random.default_rng(3), 32, 32)
-    values = build_transform(False, dataset_args("", input_size=32))(image)
+    values = build_transform(False, dataset_args(""), 32)(image)
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(((values * std + mean) * 255).round().byte(), pixels)
@@ -164,11 +168,21 @@ def test_very_long_images_stay_small_in_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"aa": "nonsense"}, {"aa": "rand-zz5"}, {"remode": "x"}, {"input_size": 0}]
+    ("is_train", "changes", "name"),
+    [
+        (True, {"aa": "nonsense"}, "aa='nonsense'"),
+        (True, {"aa": "rand-zz5"}, "aa='rand-zz5'"),
+        (True, {"remode": "x"}, "remode='x'"),
+        (True, {"input_size": 0}, "input_size is 0, allowed"),
+        (False, {"input_size": (32, 32, 3)}, "input_size is .* allowed"),
+        (False, {"eval_crop_ratio": 0.0}, "eval_crop_ratio is 0.0, allowed"),
+        (False, {"eval_crop_ratio": 1.5}, "eval_crop_ratio is 1.5, allowed"),
+    ],
 )
-def test_wrong_augmentation_is_one_line(changes: dict) -> None:
-    with pytest.raises(InputError) as error:
-        build_transform(True, dataset_args("", **changes))
+def test_wrong_transforms_are_one_line(is_train: bool, changes: dict, name: str) -> None:
+    args = dataset_args("", **changes)
+    with pytest.raises(InputError, match=name) as error:
+        build_transform(is_train, args, args.input_size)
     assert "\n" not in str(error.value)
 
 
@@ -176,27 +190,22 @@ def test_wrong_augmentation_is_one_line(changes: dict) -> None:
     "aa", ["rand-m10-n9-inc1", "rand-m10-n9-inc0", "rand-m9-mstd0.5-inc1", "augmix", "v0", "3a"]
 )
 def test_auto_augment_at_any_magnitude(aa: str) -> None:
-    transform = build_transform(True, dataset_args("", aa=aa, input_size=16))
-    source = [(random_image(np.random.default_rng(8), 20, 20), 0)]
-    dataset = SampleDataset(source, transform, targets=[0], classes=["a"], image_size=(16, 16))
-    for epoch in range(150):
-        assert dataset[SampleKey(0, epoch, 0)][0].isfinite().all()
+    transform = build_transform(True, dataset_args("", aa=aa), 16)
+    image = random_image(np.random.default_rng(8), 20, 20)
+    for seed in range(150):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert transform(image).isfinite().all()
 
 
 @pytest.mark.parametrize("bits", range(9))
 def test_posterize(bits: int) -> None:
-    transform = build_transform(True, dataset_args("", aa="rand-m9-inc1"))
+    transform = build_transform(True, dataset_args("", aa="rand-m9-inc1"), 48)
     (augment,) = (step for step in transform.transforms if hasattr(step, "ops"))
     (operation,) = (step for step in augment.ops if step.name.startswith("Posterize"))
     image = random_image(np.random.default_rng(9))
     expected = np.asarray(image) >> (8 - bits) << (8 - bits)
     assert np.array_equal(np.asarray(operation.aug_fn(image, bits)), expected)
-
-
-@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])
-def test_wrong_crop_ratio(ratio: float) -> None:
-    with pytest.raises(InputError, match="eval_crop_ratio"):
-        build_transform(False, dataset_args("", eval_crop_ratio=ratio))
 
 
 # Policies for bad images ------------------------------------------------------------------------
@@ -206,7 +215,7 @@ def test_wrong_crop_ratio(ratio: float) -> None:
 def test_error_policy_reaches_the_training_process(folder: Path, num_workers: int) -> None:
     bad = folder / "train" / "bee" / "2.png"
     bad.write_bytes(b"")
-    dataset, _ = build_dataset(True, dataset_args(folder))
+    dataset = build(True, folder)
     keys = [SampleKey(index, 0, 0) for index in range(8)]
     with pytest.raises(BadImageError) as error:
         _load(dataset, keys, num_workers)
@@ -219,9 +228,9 @@ def test_error_policy_reaches_the_training_process(folder: Path, num_workers: in
 
 
 def test_skip_policy_replaces_in_training(folder: Path) -> None:
-    clean, _ = build_dataset(True, dataset_args(folder))
+    clean = build(True, folder)
     (folder / "train" / "bee" / "2.png").write_bytes(b"")
-    dataset, _ = build_dataset(True, dataset_args(folder, bad_images="skip"))
+    dataset = build(True, folder, bad_images="skip")
     keys = [SampleKey(index, epoch, 0) for epoch in range(4) for index in range(8)]
     samples = [dataset[key] for key in keys]
     assert [is_bad for _, _, is_bad in samples] == [int(key.index == 6) for key in keys]
@@ -235,7 +244,7 @@ def test_skip_policy_replaces_in_training(folder: Path) -> None:
 
 def test_skip_policy_gives_zeros_in_evaluation(folder: Path) -> None:
     (folder / "val" / "bee" / "1.png").write_bytes(b"")
-    dataset, _ = build_dataset(False, dataset_args(folder, bad_images="skip", input_size=(48, 32)))
+    dataset = build(False, folder, bad_images="skip", input_size=(48, 32))
     image, target, is_bad = dataset[4]
     assert image.shape == (3, 48, 32) and not image.any()
     assert (target, is_bad) == (1, 1)
@@ -245,14 +254,14 @@ def test_skip_policy_gives_zeros_in_evaluation(folder: Path) -> None:
 def test_skip_policy_gives_up_when_nothing_is_readable(folder: Path) -> None:
     for path in folder.glob("train/*/*.png"):
         path.write_bytes(b"")
-    dataset, _ = build_dataset(True, dataset_args(folder, bad_images="skip"))
+    dataset = build(True, folder, bad_images="skip")
     with pytest.raises(BadImageError, match=r"cannot read image .*ant/0\.png.*in its place"):
         dataset[SampleKey(0, 0, 0)]
 
 
 def test_unknown_policy(folder: Path) -> None:
     with pytest.raises(InputError, match="bad_images is 'ignore', allowed: error, skip"):
-        build_dataset(True, dataset_args(folder, bad_images="ignore"))
+        build(True, folder, bad_images="ignore")
 
 
 # Bad input --------------------------------------------------------------------------------------
@@ -270,12 +279,12 @@ def test_bad_folders(folder: Path) -> None:
     assert "no folder val/" in refusal(False, dataset_args(folder))
     (folder / "val").mkdir()
     assert "no class folder" in refusal(False, dataset_args(folder))
-    assert len(build_dataset(True, dataset_args(folder))[0]) == 8
+    assert len(build(True, folder)) == 8
 
 
 def test_evaluation_needs_val_only(folder: Path) -> None:
     shutil.rmtree(folder / "train")
-    assert len(build_dataset(False, dataset_args(folder))[0]) == 6
+    assert len(build(False, folder)) == 6
     text = refusal(True, dataset_args(folder))
     assert "no folder train/" in text and "evaluation needs val/ only" in text
 
@@ -288,16 +297,16 @@ def test_unknown_data_set_lists_the_choices(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19"])
 def test_missing_torchvision_data_sets_say_what_to_do(tmp_path: Path, name: str) -> None:
     text = refusal(True, dataset_args(tmp_path, data_set=name))
-    assert name in text and str(tmp_path) in text and "--download" in text
+    assert text.startswith(f"cannot read {name} in {tmp_path} (--download fetches it): ")
     assert "does not exist" in refusal(True, dataset_args(tmp_path / "nowhere", data_set=name))
 
 
 def test_different_classes_are_named(folder: Path) -> None:
-    train, _ = build_dataset(True, dataset_args(folder))
-    val, _ = build_dataset(False, dataset_args(folder))
+    train = build(True, folder)
+    val = build(False, folder)
     check_same_classes(train, val)
     (folder / "val" / "bee").rename(folder / "val" / "wasp")
-    val, _ = build_dataset(False, dataset_args(folder))
+    val = build(False, folder)
     with pytest.raises(InputError, match="only in train: bee; only in val: wasp"):
         check_same_classes(train, val)
     val.classes = [f"class {index}" for index in range(9)]
@@ -311,29 +320,40 @@ def test_different_classes_are_named(folder: Path) -> None:
 # torchvision's data sets ------------------------------------------------------------------------
 
 
-def _write_pickle(path: Path, content: dict) -> None:
-    path.write_bytes(pickle.dumps(content))
+CIFAR_TARGETS = [9, 0, 3, 3, 1]
+CIFAR_PIXELS = np.random.default_rng(6).integers(0, 256, (5, 3072), dtype=np.uint8)
 
 
-def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = tmp_path / "cifar-10-batches-py"
-    batches.mkdir()
-    pixels = np.random.default_rng(6).integers(0, 256, (5, 3072), dtype=np.uint8)
-    for name in ("train", "test"):
-        _write_pickle(batches / name, {"data": pixels, "labels": [9, 0, 3, 3, 1]})
-    _write_pickle(batches / "meta", {"label_names": [f"c{index}" for index in range(10)]})
+def write_cifar10(root: Path) -> None:
+    """Five images that are the training and the validation set."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    batch = pickle.dumps({"data": CIFAR_PIXELS, "labels": CIFAR_TARGETS})
+    (folder / "batch").write_bytes(batch)
+    names = pickle.dumps({"label_names": [f"c{index}" for index in range(10)]})
+    (folder / "meta").write_bytes(names)
+
+
+@pytest.fixture
+def cifar10(monkeypatch: pytest.MonkeyPatch) -> type[torchvision.datasets.CIFAR10]:
+    """torchvision's class, reading what `write_cifar10` writes."""
     source = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(source, "train_list", [["train", None]])
-    monkeypatch.setattr(source, "test_list", [["test", None]])
+    monkeypatch.setattr(source, "train_list", [["batch", None]])
+    monkeypatch.setattr(source, "test_list", [["batch", None]])
     monkeypatch.setattr(source, "meta", {"filename": "meta", "key": "label_names", "md5": None})
-    train_args = dataset_args(tmp_path, data_set="CIFAR10", input_size=64)
-    train, num_classes = build_dataset(True, train_args)
-    val, _ = build_dataset(False, dataset_args(tmp_path, data_set="CIFAR10", input_size=32))
-    assert num_classes == 10 and len(train) == 5
+    return source
+
+
+@pytest.mark.usefixtures("cifar10")
+def test_cifar10(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    train = build(True, tmp_path, data_set="CIFAR10", input_size=64)
+    val = build(False, tmp_path, data_set="CIFAR10", input_size=32)
+    assert len(val.classes) == 10 and len(train) == 5
     assert train[SampleKey(0, 0, 0)][0].shape == (3, 64, 64)
-    assert [val[index][1] for index in range(5)] == [9, 0, 3, 3, 1]
+    assert [val[index][1] for index in range(5)] == CIFAR_TARGETS
     red = ((val[2][0][0] * STD[0] + MEAN[0]) * 255).round().byte()
-    assert torch.equal(red.flatten(), torch.from_numpy(pixels[2, :1024]))
+    assert torch.equal(red.flatten(), torch.from_numpy(CIFAR_PIXELS[2, :1024]))
     check_same_classes(train, val)
 
 
@@ -360,9 +380,8 @@ def test_inaturalist(
     inaturalist: Path, category: str, targets: list[int], num_classes: int
 ) -> None:
     for is_train in (True, False):
-        args = dataset_args(inaturalist, data_set="INAT", inat_category=category)
-        dataset, classes = build_dataset(is_train, args)
-        assert classes == num_classes and len(dataset) == 3
+        dataset = build(is_train, inaturalist, data_set="INAT", inat_category=category)
+        assert len(dataset.classes) == num_classes and len(dataset) == 3
         assert [dataset[index][1] for index in range(3)] == targets == dataset.targets.tolist()
         assert {name for _, name in dataset.source.index} == {f"{1 - is_train}.jpg"}
 
@@ -376,3 +395,46 @@ def test_inaturalist_says_what_is_missing(inaturalist: Path) -> None:
     assert "none of the images" in refusal(False, args)
     (inaturalist / "val2018.json").unlink()
     assert "val2018.json does not exist" in refusal(False, args)
+
+
+# Several processes ------------------------------------------------------------------------------
+
+
+def test_one_process_downloads_and_the_others_wait(
+    cifar10: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, root = Events(tmp_path / "events"), tmp_path / "data"
+
+    def download(dataset: torchvision.datasets.CIFAR10) -> None:
+        if not root.exists():
+            events.add("begins")
+            time.sleep(0.5)
+            write_cifar10(root)
+            events.add("ends")
+
+    def body(rank: int) -> None:
+        args = Namespace(**vars(dataset_args(root, data_set="CIFAR10", download=True)), eval=False)
+        train, val = build_datasets(args, (32, 32), CPU)
+        events.add(f"{len(train)} and {len(val)} images")
+
+    monkeypatch.setattr(cifar10, "download", download)
+    run_group(tmp_path, 2, body)
+    assert events.lines() == ["begins", "ends"] + ["5 and 5 images"] * 2
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_processes_take_turns(tmp_path: Path, failing: int | None) -> None:
+    events = Events(tmp_path / "events")
+
+    def body(rank: int) -> None:
+        with suppress(InputError), in_turns(CPU):
+            events.add(f"{rank} begins")
+            time.sleep(0.1)
+            events.add(f"{rank} ends")
+            if rank == failing:
+                raise InputError("refused")
+        events.add("after")
+
+    run_group(tmp_path, 3, body)  # rank 2 is the first of the second machine
+    turns = [f"{rank} {what}" for rank in (0, 2, 1) for what in ("begins", "ends")]
+    assert events.lines() == turns + ["after"] * 3
