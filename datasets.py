@@ -10,6 +10,7 @@ Modifications of https://github.com/facebookresearch/deit (`datasets.py`):
 
 import hashlib
 import random
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from inputs.demo import is_demo, make_demo
 from inputs.images import (
@@ -150,25 +150,18 @@ class SampleDataset(Dataset):
         raise BadImageError(text) from error
 
 
-def _listing(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def check_same_classes(train_dataset: SampleDataset, val_dataset: SampleDataset) -> None:
     """Raises `InputError` naming the classes that only one of the two data sets has."""
-    train, val = train_dataset.classes, val_dataset.classes
-    if train == val:
+    if train_dataset.classes == val_dataset.classes:
         return
+    train, val = set(train_dataset.classes), set(val_dataset.classes)
     differences = [
-        f"only in {name}: {_listing([c for c in ours if c not in set(theirs)])}"
-        for name, ours, theirs in (("train", train, val), ("val", val, train))
-        if set(ours) - set(theirs)
+        f"only in {name}: {textwrap.shorten(', '.join(sorted(names)), 100)}"
+        for name, names in (("train", train - val), ("val", val - train))
+        if names
     ]
-    raise InputError(
-        "train and val have different classes; " + ("; ".join(differences) or "another order")
-    )
+    reason = "; ".join(differences) or "another order"
+    raise InputError(f"train and val have different classes; {reason}")
 
 
 # Transforms -------------------------------------------------------------------------------------
@@ -222,10 +215,10 @@ def _train_transform(size: tuple[int, int], args: Namespace) -> transforms.Compo
             re_count=args.recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        options = f"aa={args.aa!r}, train_interpolation={args.train_interpolation!r}"
         raise InputError(
-            f"timm refuses the augmentation {options}, remode={args.remode!r} "
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
+            f"timm refuses the augmentation aa={args.aa!r}, remode={args.remode!r}, "
+            f"train_interpolation={args.train_interpolation!r}: {type(error).__name__} "
+            + textwrap.shorten(str(error), 300)
         ) from error
     allow_posterize_to_black(transform)
     steps = transform.transforms
@@ -238,25 +231,14 @@ def _train_transform(size: tuple[int, int], args: Namespace) -> transforms.Compo
 
 
 def _image_folder(root: Path, is_train: bool, args: Namespace) -> ImageFolder:
-    """ImageFolder of root/train or root/val, after checks that say what is missing."""
     split = "train" if is_train else "val"
-    folder = root / split
-    if not folder.is_dir():
+    try:
+        return ImageFolder(root / split, loader=load_image)
+    except OSError as error:
         raise InputError(
-            f"no folder {split}/ in {root}: expected {split}/CLASS/IMAGE "
-            "(training needs train/ and val/, evaluation needs val/ only)"
-        )
-    if not any(entry.is_dir() for entry in folder.iterdir()):
-        raise InputError(f"no class folder in {folder}: expected {split}/CLASS/IMAGE")
-    source = ImageFolder(folder, loader=load_image, allow_empty=True)
-    filled = set(source.targets)
-    empty = [name for name, target in source.class_to_idx.items() if target not in filled]
-    if empty:
-        raise InputError(
-            f"no image in class folder {_listing(empty)} of {folder} "
-            f"(extensions: {' '.join(IMG_EXTENSIONS)})"
-        )
-    return source
+            f"no images in {root / split}: expected {split}/CLASS/IMAGE (training needs train/ and "
+            f"val/, evaluation val/ only): {textwrap.shorten(str(error), 300)}"
+        ) from error
 
 
 def _demo(root: Path, is_train: bool, args: Namespace) -> ImageFolder:
@@ -301,8 +283,7 @@ def build_dataset(
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
     transform = build_transform(is_train, args, input_size)
-    has_folders = args.data_set in ("IMNET", "DEMO")
-    may_be_made = args.data_set == "DEMO" or (args.download and not has_folders)
+    may_be_made = args.data_set == "DEMO" or (args.download and args.data_set != "IMNET")
     if not root.is_dir() and not may_be_made:
         raise InputError(f"data path {root} does not exist or is not a folder")
     try:
@@ -311,10 +292,8 @@ def build_dataset(
         raise
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         advice = "try again later" if args.download else "--download fetches it"
-        where = f"{root}" if has_folders else f"{root} ({advice})"
-        raise InputError(
-            f"cannot read {args.data_set} in {where}: {' '.join(str(error).split())}"
-        ) from error
+        reason = textwrap.shorten(str(error), 300)
+        raise InputError(f"cannot read {args.data_set} in {root} ({advice}): {reason}") from error
     dataset = SampleDataset(
         source,
         transform,

@@ -170,15 +170,13 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
         draws: (3, B) int64: first row and first column of the crop within the padded image, each in
             0 .. 8, and 1 for a mirrored image.
     """
-    num_images, channels, height, width = images.shape
+    height, width = images.shape[2:]
     padded = F.pad(images, [CROP_PADDING] * 4)
-    top, left, flip = draws.unsqueeze(2)  # (B, 1) each
-    across = torch.arange(width, device=images.device)
-    rows = top + torch.arange(height, device=images.device)  # (B, H)
-    cols = left + torch.where(flip == 1, across.flip(0), across)  # (B, W)
-    image = torch.arange(num_images, device=images.device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
-    return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 9, 9, H, W), a view
+    top, left, flip = draws
+    image = torch.arange(len(images), device=images.device)
+    crops = windows[image, :, top, left]  # (B, C, H, W)
+    return torch.where(flip.bool().view(-1, 1, 1, 1), crops.flip(3), crops)
 
 
 def build_cached_loader(

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,26 +69,35 @@ def refusal(is_train: bool, args: Namespace) -> str:
     return str(error.value)
 
 
+def note(path: Path, line: str) -> None:
+    """Adds a line to a file that several processes write."""
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+
+
 def run_group(tmp_path: Path, world_size: int, body: Callable[[int], None]) -> None:
-    """Runs body(rank) in processes that are joined by gloo; two on each machine.
+    """Runs body(rank) in processes that are joined by gloo, two on each machine.
 
     The processes are forked: they have this one's patches, and `body` may be a local function.
     """
 
     def join(rank: int) -> None:
         os.environ["LOCAL_RANK"] = str(rank % 2)
+        store = dist.FileStore(str(tmp_path / "store"), world_size)
+        timeout = datetime.timedelta(seconds=60)
         dist.init_process_group(
-            "gloo",
-            init_method=f"file://{tmp_path / 'store'}",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=60),
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
         body(rank)
         dist.destroy_process_group()
 
+    run_forked([partial(join, rank) for rank in range(world_size)])
+
+
+def run_forked(bodies: list[Callable[[], object]]) -> None:
+    """Runs each body in a process of its own, all at once; none may fail."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=join, args=(rank,)) for rank in range(world_size)]
+    processes = [context.Process(target=body) for body in bodies]
     for process in processes:
         process.start()
     for process in processes:
@@ -95,18 +105,4 @@ def run_group(tmp_path: Path, world_size: int, body: Callable[[int], None]) -> N
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * world_size
-
-
-class Events:
-    """Lines that several processes write to one file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def add(self, line: str) -> None:
-        with open(self.path, "a") as file:
-            file.write(f"{line}\n")
-
-    def lines(self) -> list[str]:
-        return self.path.read_text().splitlines()
+    assert codes == [0] * len(bodies)
