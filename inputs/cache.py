@@ -79,7 +79,7 @@ def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device
     crop_ratio = 1.0 if is_train or is_small_input(dataset.image_size) else args.eval_crop_ratio
     stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
     size, time = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
-    digest = _digest(digest_dataset(dataset), rows, cols, crop_ratio, size, time)
+    digest = _digest(digest_dataset(dataset), rows, cols, crop_ratio, size, time)[:12]
     path = Path(args.image_cache) / f"{'train' if is_train else 'val'}-{rows}x{cols}-{digest}.npy"
     with in_turns(device):
         if not path.exists():
@@ -121,7 +121,7 @@ class CachedLoader:
     def __init__(
         self, images: Tensor, targets: Tensor, sampler: TrainSampler | EvalSampler, batch_size: int
     ) -> None:
-        """Keeps what it is given.
+        """Prepares the batches.
 
         Args:
             images: (N, 3, H, W) uint8, on the device to augment on.

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -157,10 +158,10 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
 
 def image_size(input_size: int | Sequence[int]) -> tuple[int, int]:
     """(H, W) of a size given as one number or as two."""
-    sizes = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-    if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
+    sizes = to_2tuple(input_size)
+    if len(sizes) != 2 or min(sizes) < 1:
         raise InputError(f"input_size is {input_size}, allowed: one or two numbers from 1 up")
-    return sizes[0], sizes[-1]
+    return tuple(sizes)
 
 
 def is_small_input(input_size: int | Sequence[int]) -> bool:

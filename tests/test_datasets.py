@@ -143,7 +143,7 @@ def test_training_matches_timm(aa: str) -> None:
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-@pytest.mark.parametrize("input_size", [16, 32, 33, 64, [48], (32, 64), (96, 40)])
+@pytest.mark.parametrize("input_size", [16, 32, 33, 64, [48, 48], (32, 64), (96, 40)])
 @pytest.mark.parametrize("source_size", [(1, 1), (20, 9), (32, 32), (64, 200)])
 def test_every_input_size_from_every_image_size(
     is_train: bool, input_size: int | tuple[int, int], source_size: tuple[int, int]
