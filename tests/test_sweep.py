@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import VAL_IMAGES
 from data_helpers import dataset_args
-from timm.layers import resample_abs_pos_embed
 from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 from torch.utils.data import DataLoader
 
@@ -24,7 +23,6 @@ from tools.sweep import (
     compare_paired,
     comparison_pairs,
     find_configuration,
-    load_models,
     make_configurations,
 )
 
@@ -207,22 +205,6 @@ def test_moving_average_of_the_weights(root, data_path, flags, tmp_path):
     model = model_from_checkpoint(load_checkpoint(root / "a.pth"), ema=True, keep_rate=1.0)
     expected = evaluate(loader, model, torch.device("cpu"), print_freq=100)
     assert read(tmp_path)[0][0]["loss"] == pytest.approx(expected["loss"], rel=1e-12)
-
-
-def test_position_embeddings_of_other_grids(flags, tmp_path):
-    """They were resampled as if every grid were square; 6 x 5 patches were a traceback."""
-    for old, new in (((32, 128), (64, 256)), ((48, 40), (32, 32))):
-        checkpoint = write_checkpoint(tmp_path / "x.pth", img_size=old)
-        args = sweep.get_args_parser().parse_args(
-            flags(tmp_path, "--checkpoint", tmp_path / "x.pth", "--input-size", *new)
-        )
-        model = load_models(args, torch.device("cpu"))["x"]
-        expected = resample_abs_pos_embed(
-            checkpoint["model"]["pos_embed"],
-            new_size=[new[0] // 8, new[1] // 8],
-            old_size=[old[0] // 8, old[1] // 8],
-        )
-        torch.testing.assert_close(model.pos_embed.detach(), expected)
 
 
 @pytest.mark.parametrize(

@@ -22,17 +22,7 @@ from arguments import ArgumentParser, add_data_arguments
 from datasets import build_dataset
 from models import REDUCTIONS, BATVisionTransformer
 from models.reduction import ReducedTokens
-from tools.common import (
-    at_least_one,
-    block_outputs,
-    find_device,
-    load_model,
-    readable_batches,
-    report_bad_images,
-    say_written,
-    tool_parser,
-    write_table,
-)
+from tools import common
 from tools.figures import below_figure, method_style, new_figure, save_figure, styled
 from utils import InputError, check_writable, setup_logging
 
@@ -145,7 +135,7 @@ def num_attentive_tokens(model: BATVisionTransformer) -> dict[int, int]:
 
 def measure_images(model: BATVisionTransformer, images: Tensor) -> pd.DataFrame:
     """Measures every block on images (B, 3, H, W): a row a block and image."""
-    with block_outputs(model) as outputs:
+    with common.block_outputs(model) as outputs:
         model(images)
     attentive = num_attentive_tokens(model)
     tables = []
@@ -234,7 +224,7 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
 
 def get_args_parser() -> ArgumentParser:
     """The parser of this script."""
-    parser = tool_parser("diversity", HELP, batch_size=16)
+    parser = common.tool_parser("diversity", HELP, batch_size=16)
     add_data_arguments(parser)
     parser.set_defaults(bad_images="skip")
     group = parser.add_argument_group("what to measure")
@@ -243,7 +233,7 @@ def get_args_parser() -> ArgumentParser:
         metavar="METHOD", help=f"methods: {', '.join(REDUCTIONS)}",
     )  # fmt: skip
     group.add_argument(
-        "--num-images", type=at_least_one, default=64, metavar="N",
+        "--num-images", type=common.at_least_one, default=64, metavar="N",
         help="images to measure, spread evenly over the validation images",
     )  # fmt: skip
     return parser
@@ -251,19 +241,21 @@ def get_args_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
-    device = find_device(args)
-    model = load_model(Namespace(**vars(args) | {"reduction": None}), args.checkpoint, device)
+    device = common.find_device(args)
+    model = common.load_model(
+        Namespace(**vars(args) | {"reduction": None}), args.checkpoint, device
+    )
     dataset, _ = build_dataset(False, args, model.patch_embed.img_size)
     stem = check_writable(args.output_dir) / "diversity"
     count = min(args.num_images, len(dataset))
     indices = [number * len(dataset) // count for number in range(count)]
     bad: list[int] = []
-    batches = readable_batches(dataset, indices, args, device=device, bad=bad)
+    batches = common.readable_batches(dataset, indices, args, device=device, bad=bad)
     table = measure_methods(model, args.reduction, (images for images, _ in batches))
-    write_table(table, stem.with_name("diversity.csv"))
+    common.write_table(table, stem.with_name("diversity.csv"))
     save_figure(plot_diversity(table), stem)
-    say_written(stem, ".csv", ".png", ".pdf")
-    return report_bad_images(dataset, bad, count)
+    common.say_written(stem, ".csv", ".png", ".pdf")
+    return common.report_bad_images(dataset, bad, count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

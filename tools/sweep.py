@@ -16,7 +16,7 @@ import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from itertools import permutations, product
 from pathlib import Path
 from typing import NamedTuple
@@ -34,15 +34,7 @@ from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
 from models import REDUCTIONS, BATVisionTransformer, count_gmacs
-from tools.common import (
-    at_least_one,
-    find_device,
-    load_model,
-    report_bad_images,
-    say_written,
-    tool_parser,
-    write_table,
-)
+from tools import common
 from tools.figures import plot_accuracy, save_figure
 from utils import (
     AMP_DTYPES,
@@ -106,16 +98,13 @@ def find_configuration(configurations: Sequence[Configuration], name: str) -> in
     """
     label, _, short_name = name.rpartition(":")
     method, _, rate = short_name.partition("@")
-    try:
-        keep_rate = float(rate)
-    except ValueError:
-        keep_rate = float("nan")
-    if keep_rate == 1:
-        method = "none"
+    with suppress(ValueError):
+        rate = float(rate)
+    wanted = ("none" if rate == 1 else method, rate)
     found = [
         index
         for index, entry in enumerate(configurations)
-        if entry[1:] == (method, keep_rate) and label in ("", entry.checkpoint)
+        if entry[1:] == wanted and label in ("", entry.checkpoint)
     ]
     if len(found) == 1:
         return found[0]
@@ -152,82 +141,51 @@ def switch(
 # What is known -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Predictions:
-    """What every configuration made of every image; columns from `num_done` on are open.
-
-    Attributes:
-        settings: everything that the numbers depend on, as plain values.
-        predicted: (configurations, images) int32 class of the largest logit; -1 is open.
-        correct1: (configurations, images) bool, see `BatchScores`.
-        correct5: (configurations, images) bool.
-        loss: (configurations, images) float32 cross-entropy.
-        seconds: (configurations, images) float32 share of the batch's forward time; NaN: not timed.
-        is_bad: (images,) bool, the image could not be read and counts as wrong.
-        num_done: images that every configuration has seen.
-    """
-
-    settings: dict
-    predicted: np.ndarray
-    correct1: np.ndarray
-    correct5: np.ndarray
-    loss: np.ndarray
-    seconds: np.ndarray
-    is_bad: np.ndarray
-    num_done: int = 0
-
-    @classmethod
-    def empty(cls, settings: dict, num_configurations: int, num_images: int) -> "Predictions":
-        """Those of a sweep that has not begun."""
-        shape = (num_configurations, num_images)
-        return cls(
-            settings,
-            predicted=np.full(shape, -1, dtype=np.int32),
-            correct1=np.zeros(shape, dtype=bool),
-            correct5=np.zeros(shape, dtype=bool),
-            loss=np.zeros(shape, dtype=np.float32),
-            seconds=np.full(shape, np.nan, dtype=np.float32),
-            is_bad=np.zeros(num_images, dtype=bool),
-        )
-
-    def save(self, path: Path) -> None:
-        """Writes predictions.npz atomically."""
-        arrays = vars(self) | {"settings": json.dumps(self.settings)}
-        write_atomically(path, lambda file: np.savez(file, **arrays))
-
-    @classmethod
-    def load(cls, path: Path) -> "Predictions":
-        """Reads predictions.npz.
-
-        Raises:
-            InputError: the file is damaged or not such a file.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = dict(stored)
-            settings, num_done = json.loads(str(arrays["settings"])), int(arrays["num_done"])
-            return cls(**arrays | {"settings": settings, "num_done": num_done})
-        except Exception as problem:  # damaged files fail in every way that a reader can
-            raise InputError(f"{path} cannot be read; --restart replaces it") from problem
+Predictions = dict[str, np.ndarray]  # the arrays of predictions.npz, see `open_predictions`
 
 
-def open_predictions(path: Path, empty: Predictions) -> Predictions:
-    """The predictions of an earlier, perhaps interrupted sweep with the same settings, or new ones.
+def open_predictions(
+    path: Path, settings: dict, num_configurations: int, num_images: int, *, restart: bool
+) -> Predictions:
+    """What an earlier, perhaps interrupted sweep with the same settings knows, or nothing yet.
 
     Args:
         path: of predictions.npz.
-        empty: what a new sweep begins with.
+        settings: as `sweep_settings` gives them.
+        num_configurations: configurations of the sweep.
+        num_images: images of the data set.
+        restart: leave an earlier sweep alone; it is replaced at the first saving.
+
+    Returns:
+        By name: settings, as JSON; num_done, the images that every configuration has seen: columns
+        from there on are open; of shape (configurations, images) predicted, the class of the
+        largest logit, correct1, correct5 and loss, see `BatchScores`, and seconds, the image's
+        share of its batch's forward time (NaN: not timed); of shape (images,) is_bad, whether the
+        image could not be read and counts as wrong.
 
     Raises:
-        InputError: the earlier sweep had other settings (the message names them).
+        InputError: the file is damaged, or the earlier sweep had other settings (they are named).
     """
-    if not path.exists():
-        return empty
-    earlier = Predictions.load(path)
-    # One level, with keys such as data.path.
-    then, now = (
-        pd.json_normalize(entry.settings).to_dict("records")[0] for entry in (earlier, empty)
-    )
+    if restart or not path.exists():
+        shape = (num_configurations, num_images)
+        return {
+            "settings": np.array(json.dumps(settings)),
+            "num_done": np.array(0),
+            "predicted": np.full(shape, -1, dtype=np.int32),
+            "correct1": np.zeros(shape, dtype=bool),
+            "correct5": np.zeros(shape, dtype=bool),
+            "loss": np.zeros(shape, dtype=np.float32),
+            "seconds": np.full(shape, np.nan, dtype=np.float32),
+            "is_bad": np.zeros(num_images, dtype=bool),
+        }
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            earlier = dict(stored)
+        # One level, with keys such as data.path.
+        then = pd.json_normalize(json.loads(str(earlier["settings"]))).to_dict("records")[0]
+    except Exception as problem:  # damaged files fail in every way that a reader can
+        raise InputError(f"{path} cannot be read; --restart replaces it") from problem
+    now = pd.json_normalize(settings).to_dict("records")[0]
     differing = [
         f"{name} was {then.get(name)}, is {now.get(name)}"
         for name in then | now
@@ -239,6 +197,10 @@ def open_predictions(path: Path, empty: Predictions) -> Predictions:
             "give another --output-dir, or --restart to begin anew"
         )
     return earlier
+
+
+def save_predictions(predictions: Predictions, path: Path) -> None:
+    write_atomically(path, lambda file: np.savez(file, **predictions))
 
 
 def sweep_settings(
@@ -314,7 +276,7 @@ def run_sweep(
         predictions: changed in place.
         models: by checkpoint label, all on one device; method and keep rate are switched.
         configurations: in the order of the rows of the predictions.
-        loader: gives the images from `predictions.num_done` on, in order.
+        loader: gives the images that are still open, in order.
         amp_dtype: autocast type, or None for none.
         save_every: batches between savings.
         path: of predictions.npz.
@@ -325,25 +287,25 @@ def run_sweep(
     bar = tqdm(desc="Sweep", unit="batch", mininterval=1, smoothing=0, total=total)
     try:
         with bar:
-            for number, batch in enumerate(loader):
+            for number, batch in enumerate(loader, 1):
                 images, targets, is_bad = (part.to(device, non_blocking=True) for part in batch)
-                here = slice(predictions.num_done, predictions.num_done + len(images))
+                start = int(predictions["num_done"])
+                here = slice(start, start + len(images))
                 for row, configuration in enumerate(configurations):
                     model = switch(models, configuration)
                     logits, seconds = timed_forward(model, images, amp_dtype)
-                    scores = score_batch(logits, targets, is_bad)
-                    predictions.predicted[row, here] = logits.float().argmax(dim=1).cpu()
-                    for name, values in scores._asdict().items():
-                        getattr(predictions, name)[row, here] = values.cpu()
-                    if number > 0 or len(loader) == 1:
-                        predictions.seconds[row, here] = seconds / len(images)
+                    predictions["predicted"][row, here] = logits.float().argmax(dim=1).cpu()
+                    for name, values in score_batch(logits, targets, is_bad)._asdict().items():
+                        predictions[name][row, here] = values.cpu()
+                    if number > 1 or len(loader) == 1:
+                        predictions["seconds"][row, here] = seconds / len(images)
                     bar.update()
-                predictions.is_bad[here] = is_bad.cpu()
-                predictions.num_done = here.stop  # last: an interrupt leaves the batch open
-                if (number + 1) % save_every == 0:
-                    predictions.save(path)
+                predictions["is_bad"][here] = is_bad.cpu()
+                predictions["num_done"] = np.array(here.stop)  # last: till then the batch is open
+                if number % save_every == 0:
+                    save_predictions(predictions, path)
     finally:
-        predictions.save(path)
+        save_predictions(predictions, path)
 
 
 # Results -----------------------------------------------------------------------------------------
@@ -366,21 +328,21 @@ def summarize(
         cross-entropy), gmacs and images_per_second of the forward pass, tokens (patch tokens that
         leave each reducing block), num_images, bad_images.
     """
-    num_images = predictions.num_done
-    images_per_second = 1 / np.nanmean(predictions.seconds, axis=1, dtype=np.float64)
+    num_images = int(predictions["num_done"])
+    images_per_second = 1 / np.nanmean(predictions["seconds"], axis=1, dtype=np.float64)
     rows = []
     for index, configuration in enumerate(configurations):
         model = switch(models, configuration)
         rows.append({
             **configuration._asdict(),
-            "acc1": 100 * float(predictions.correct1[index].sum()) / num_images,
-            "acc5": 100 * float(predictions.correct5[index].sum()) / num_images,
-            "loss": float(predictions.loss[index].mean(dtype=np.float64)),
+            "acc1": 100 * float(predictions["correct1"][index].sum()) / num_images,
+            "acc5": 100 * float(predictions["correct5"][index].sum()) / num_images,
+            "loss": float(predictions["loss"][index].mean(dtype=np.float64)),
             "gmacs": count_gmacs(model),
             "images_per_second": float(images_per_second[index]),
             "tokens": [stage.num_outputs for stage in model.stages()],
             "num_images": num_images,
-            "bad_images": int(predictions.is_bad.sum()),
+            "bad_images": int(predictions["is_bad"].sum()),
         })  # fmt: skip
     return rows
 
@@ -439,7 +401,8 @@ def compare(
     seed: int = 0,
 ) -> list[dict]:
     """One row of plain values a pair: the two names, their Acc@1, and `compare_paired`'s."""
-    acc1 = 100 * predictions.correct1.mean(axis=1)
+    right = predictions["correct1"]
+    acc1 = 100 * right.mean(axis=1)
     return [
         {
             "first": configurations[first].name,
@@ -447,7 +410,7 @@ def compare(
             "acc1_first": float(acc1[first]),
             "acc1_second": float(acc1[second]),
         }
-        | compare_paired(predictions.correct1[first], predictions.correct1[second], seed=seed)
+        | compare_paired(right[first], right[second], seed=seed)
         for first, second in dict.fromkeys(pairs)
     ]
 
@@ -456,7 +419,7 @@ def write_sweep(folder: Path, rows: list[dict], comparisons: list[dict], setting
     """Writes the tables and the figure of a finished sweep, and prints the main columns."""
     table = pd.DataFrame(rows)
     tokens = table.tokens.map(lambda counts: " ".join(map(str, counts)))
-    write_table(table.assign(tokens=tokens), folder / "sweep.csv")
+    common.write_table(table.assign(tokens=tokens), folder / "sweep.csv")
     whole = {
         "results": rows,
         "comparisons": comparisons,
@@ -467,12 +430,12 @@ def write_sweep(folder: Path, rows: list[dict], comparisons: list[dict], setting
     (folder / "sweep.json").write_text(json.dumps(whole, indent=2) + "\n")
     (folder / "comparisons.csv").unlink(missing_ok=True)  # an earlier sweep's
     if comparisons:
-        write_table(pd.DataFrame(comparisons), folder / "comparisons.csv")
+        common.write_table(pd.DataFrame(comparisons), folder / "comparisons.csv")
     save_figure(plot_accuracy(rows), folder / "sweep")
     shown = table.drop(columns=["num_images", "bad_images"])
     digits = {"acc1": 3, "acc5": 3, "loss": 4, "gmacs": 4, "images_per_second": 1}
     logger.info(shown.round(digits).to_string(index=False))
-    say_written(folder / "sweep", ".csv", ".json", ".png", ".pdf")
+    common.say_written(folder / "sweep", ".csv", ".json", ".png", ".pdf")
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -487,7 +450,7 @@ def _rate(text: str) -> float:
 
 def get_args_parser() -> ArgumentParser:
     """The parser of this script."""
-    parser = tool_parser("sweep", HELP, batch_size=64)
+    parser = common.tool_parser("sweep", HELP, batch_size=64)
     add_data_arguments(parser)
     parser.set_defaults(bad_images="skip")
     add = parser.add_argument_group("what to evaluate").add_argument
@@ -506,45 +469,41 @@ def get_args_parser() -> ArgumentParser:
         "checkpoints best:bat@0.5; may be given again",
     )  # fmt: skip
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
-    add("--save-every", type=at_least_one, default=20, metavar="N", help="batches between savings")
+    add(
+        "--save-every",
+        type=common.at_least_one,
+        default=20,
+        metavar="N",
+        help="batches between savings",
+    )
     add("--restart", action="store_true", help="replace an earlier sweep")
     return parser
 
 
-def load_models(args: Namespace, device: torch.device) -> dict[str, BATVisionTransformer]:
-    """The models to compare, by the label of their checkpoint."""
+def load_inputs(
+    args: Namespace, device: torch.device
+) -> tuple[dict[str, BATVisionTransformer], SampleDataset]:
+    """The models by the label of their checkpoint, and the validation set that fits them all."""
     own = Namespace(**vars(args) | {"keep_rate": None, "reduction": None})
-    labels = short_labels(args.checkpoint)
-    models = {
-        label: load_model(own, path, device)
-        for label, path in zip(labels, args.checkpoint, strict=True)
-    }
-    sizes = {model.patch_embed.img_size for model in models.values()}
+    models = [common.load_model(own, path, device) for path in args.checkpoint]
+    sizes = {model.patch_embed.img_size for model in models}
     if len(sizes) > 1:
         raise InputError(f"the checkpoints must share one input size, got {sorted(sizes)}")
-    return models
-
-
-def load_dataset(args: Namespace, models: Mapping[str, BATVisionTransformer]) -> SampleDataset:
-    """The validation set, which must have as many classes as every model."""
-    dataset, num_classes = build_dataset(
-        False, args, next(iter(models.values())).patch_embed.img_size
-    )
-    for path, model in zip(args.checkpoint, models.values(), strict=True):
+    dataset, num_classes = build_dataset(False, args, *sizes)
+    for path, model in zip(args.checkpoint, models, strict=True):
         if model.num_classes != num_classes:
             raise InputError(
                 f"{path} has {model.num_classes} classes, the data set {args.data_path} has "
                 f"{num_classes}"
             )
-    return dataset
+    return dict(zip(short_labels(args.checkpoint), models, strict=True)), dataset
 
 
 def run(args: Namespace) -> int:
     """Evaluates, compares, writes the tables and the figure, and returns the exit code."""
     # What to evaluate.
-    device = find_device(args)
-    models = load_models(args, device)
-    dataset = load_dataset(args, models)
+    device = common.find_device(args)
+    models, dataset = load_inputs(args, device)
     configurations = make_configurations(list(models), args.reduction, args.keep_rate)
     asked = [
         (find_configuration(configurations, first), find_configuration(configurations, second))
@@ -555,18 +514,17 @@ def run(args: Namespace) -> int:
     path = folder / "predictions.npz"
     amp = find_amp(args.amp, device)
     settings = sweep_settings(args, models, configurations, dataset, amp)
-    predictions = Predictions.empty(settings, len(configurations), len(dataset))
-    if not args.restart:
-        predictions = open_predictions(path, predictions)
+    counts = len(configurations), len(dataset)
+    predictions = open_predictions(path, settings, *counts, restart=args.restart)
+    num_done = int(predictions["num_done"])
     logger.info(
-        f"{len(configurations)} configurations on {len(dataset)} images, "
-        f"{predictions.num_done} of them done earlier"
+        f"{counts[0]} configurations on {counts[1]} images, {num_done} of them done earlier"
     )
     # The pass over the data.
     loader = DataLoader(
         dataset,
         batch_size=args.batch_size,
-        sampler=range(predictions.num_done, len(dataset)),
+        sampler=range(num_done, len(dataset)),
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
     )
@@ -589,7 +547,7 @@ def run(args: Namespace) -> int:
             f"{row['first']} less {row['second']}: {row['difference']:+.3f} points of Acc@1, 95 % "
             f"interval {row['low']:+.3f} to {row['high']:+.3f}, McNemar's p {row['p_value']:.3g}"
         )
-    return report_bad_images(dataset, np.flatnonzero(predictions.is_bad), len(dataset))
+    return common.report_bad_images(dataset, np.flatnonzero(predictions["is_bad"]), len(dataset))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,16 +26,7 @@ from inputs.images import list_images, load_image
 from models import BATVisionTransformer
 from models.reduction import ReducedTokens, group_sums
 from models.trace import PatchKind, trace_patches
-from tools.common import (
-    at_least_one,
-    block_outputs,
-    find_device,
-    load_model,
-    readable_batches,
-    report_bad_images,
-    say_written,
-    tool_parser,
-)
+from tools import common
 from tools.figures import new_figure, save_figure, styled
 from utils import InputError, check_writable, setup_logging
 
@@ -98,7 +89,7 @@ def follow_patches(
         A row a patch, with the columns of tokens.csv; what a dropped patch does not have is
         missing, and so is lost_at where the patch still has its own token at the end.
     """
-    with block_outputs(model) as outputs:
+    with common.block_outputs(model) as outputs:
         model(images)
     reduced = [output for output in outputs if isinstance(output, ReducedTokens)]
     traces = trace_patches([output.assignment.cpu() for output in reduced], model.stages())
@@ -197,7 +188,7 @@ def heat_map(
 
 def get_args_parser() -> ArgumentParser:
     """The parser of this script."""
-    parser = tool_parser("tokens", HELP, batch_size=16)
+    parser = common.tool_parser("tokens", HELP, batch_size=16)
     add = parser.add_argument_group("what to follow").add_argument
     add(
         "--data-path", required=True,
@@ -207,7 +198,7 @@ def get_args_parser() -> ArgumentParser:
     add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
     add("--bad-images", choices=("error", "skip"), default="skip",
         help="an unreadable image ends the run, or is left out and named")  # fmt: skip
-    add("--num-images", type=at_least_one, metavar="N",
+    add("--num-images", type=common.at_least_one, metavar="N",
         help="follow the first N images; default: all")  # fmt: skip
     return parser
 
@@ -217,8 +208,8 @@ def run(args: Namespace) -> int:
     root = Path(args.data_path).expanduser()
     files = list_images(root)[: args.num_images]
     names = [str(path.relative_to(root)) if root.is_dir() else path.name for path in files]
-    device = find_device(args)
-    model = load_model(args, args.checkpoint, device)
+    device = common.find_device(args)
+    model = common.load_model(args, args.checkpoint, device)
     img_size = model.patch_embed.img_size
     dataset = SampleDataset(
         ImageFiles(files),
@@ -234,7 +225,9 @@ def run(args: Namespace) -> int:
     try:
         with open(partial, "w", newline="", encoding="utf-8") as file:
             indices = range(len(files))
-            for images, good in readable_batches(dataset, indices, args, device=device, bad=bad):
+            for images, good in common.readable_batches(
+                dataset, indices, args, device=device, bad=bad
+            ):
                 table = follow_patches(model, images, [names[index] for index in good])
                 table.to_csv(file, index=False, header=file.tell() == 0)
                 sums = sums + sum_patches(table, len(model.reduction_loc))
@@ -245,8 +238,8 @@ def run(args: Namespace) -> int:
     maps = means.to_numpy(float).T.reshape(-1, *model.patch_embed.grid_size)
     figure = plot_patches(maps[:-1], maps[-1], model.reduction_loc, len(files) - len(bad))
     save_figure(figure, stem)
-    say_written(stem, ".csv", ".png", ".pdf")
-    return report_bad_images(dataset, bad, len(files))
+    common.say_written(stem, ".csv", ".png", ".pdf")
+    return common.report_bad_images(dataset, bad, len(files))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
