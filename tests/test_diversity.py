@@ -1,91 +1,74 @@
 """Measures of diversity against closed forms and slow loops; the table and the figure."""
 
-import csv
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
-import timm
 import torch
+from conftest import build_tiny
 from data_helpers import write_image_folder
+from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 
-import analyze
 import models
-from analysis.diversity import (
-    ATTENTION_SHARE,
+from tools import diversity
+from tools.diversity import (
+    MEASURE_LABELS,
     MEASURES,
     attention_share,
     effective_rank,
     mean_cosine,
     measure_methods,
     num_attentive_tokens,
+    plot_diversity,
     relative_distance,
 )
-from analysis.figures import MEASURE_LABELS, METHODS, plot_diversity
-from analysis.tokens import stage_importance
+from tools.figures import METHODS
 
-MODEL_ARGS = {
-    "model_name": "bat_deit_tiny_patch16_224",
-    "img_size": (32, 48),
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 4,
-    "num_heads": 3,
-    "num_classes": 2,
-    "reduction_loc": (1, 2),
-    "keep_rate": 0.6,
-}
+CHANGES = {"img_size": (32, 48), "depth": 4, "keep_rate": 0.6}
+# A small model without a checkpoint.
+RANDOM_MODEL = [
+    "--checkpoint", "", "--model-kwargs", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2",
+    "--input-size", "32", "--reduction-loc", "1",
+]  # fmt: skip
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return timm.create_model(**MODEL_ARGS).eval()
+    return build_tiny(**CHANGES)
 
 
 def images(count, seed=0):
     return torch.randn(count, 3, 32, 48, generator=torch.Generator().manual_seed(seed))
 
 
-def test_identical_tokens():
-    token = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(0))
-    x = token.expand(-1, 10, -1)
-    assert relative_distance(x).tolist() == pytest.approx([0.0] * 3, abs=1e-7)
-    assert mean_cosine(x).tolist() == pytest.approx([1.0] * 3)
-    assert effective_rank(x).tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+def orthonormal(num_tokens, channels):
+    return torch.linalg.qr(torch.randn(channels, channels)).Q[:num_tokens]
 
 
-@pytest.mark.parametrize("num_tokens, channels", [(8, 8), (5, 12)])
-def test_orthogonal_tokens(num_tokens, channels):
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(2, channels, channels, generator=generator)).Q
-    x = 3 * basis[:, :num_tokens]
-    assert effective_rank(x).tolist() == pytest.approx([num_tokens] * 2, rel=1e-6)
-    assert mean_cosine(x).tolist() == pytest.approx([0.0] * 2, abs=1e-6)
-    # The mean of n orthonormal tokens has length 1 / sqrt(n).
-    assert relative_distance(x).tolist() == pytest.approx([math.sqrt(1 - 1 / num_tokens)] * 2)
+SINGULAR = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # p = (3/4, 1/4)
+ENTROPY = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
 
 
-def test_opposite_tokens():
-    x = torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
-    assert relative_distance(x).item() == pytest.approx(1.0)
-    assert mean_cosine(x).item() == pytest.approx(-1.0)
-    assert effective_rank(x).item() == pytest.approx(1.0)
-
-
-def test_effective_rank_of_known_singular_values():
-    x = torch.zeros(1, 4, 3)
-    x[0, 0, 0], x[0, 1, 1] = 3.0, 1.0  # p = (3/4, 1/4)
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert effective_rank(x).item() == pytest.approx(math.exp(entropy))
-
-
-def test_zero_and_single_tokens():
-    zero = torch.zeros(1, 3, 4)
-    assert relative_distance(zero).item() == mean_cosine(zero).item() == 0.0
-    assert effective_rank(zero).item() == 1.0
-    assert mean_cosine(torch.ones(1, 1, 4)).isnan().all()
-    assert relative_distance(torch.ones(1, 1, 4)).item() == 0.0
+@pytest.mark.parametrize(
+    "tokens, distance, cosine, rank",
+    [
+        (torch.arange(1.0, 17).expand(10, -1), 0.0, 1.0, 1.0),  # identical
+        # The mean of n orthonormal tokens has length 1 / sqrt(n).
+        (3 * orthonormal(8, 8), math.sqrt(1 - 1 / 8), 0.0, 8.0),
+        (orthonormal(5, 12), math.sqrt(1 - 1 / 5), 0.0, 5.0),
+        (torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), 1.0, -1.0, 1.0),
+        (SINGULAR, math.sqrt(0.5), 0.0, math.exp(ENTROPY)),
+        (torch.zeros(3, 4), 0.0, 0.0, 1.0),
+        (torch.ones(1, 4), 0.0, math.nan, 1.0),
+    ],
+)
+def test_closed_forms(tokens, distance, cosine, rank):
+    x = torch.stack([tokens, 5 * tokens.flip(0)])  # neither order nor scale counts
+    approx = {"abs": 1e-6, "nan_ok": True}
+    assert relative_distance(x).tolist() == pytest.approx([distance] * 2, **approx)
+    assert mean_cosine(x).tolist() == pytest.approx([cosine] * 2, **approx)
+    assert effective_rank(x).tolist() == pytest.approx([rank] * 2, **approx)
 
 
 def test_measures_against_loops():
@@ -108,12 +91,6 @@ def test_measures_against_loops():
         assert mean_cosine(x)[b].item() == pytest.approx(np.mean(cosines))
 
 
-def test_measures_ignore_order_and_scale():
-    x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(2))
-    for measure in MEASURES.values():
-        torch.testing.assert_close(measure(x[:, torch.randperm(9)] * 5), measure(x))
-
-
 def test_attention_share():
     importance = torch.tensor([[0.1, 0.3, 0.0, 0.2], [0.25, 0.25, 0.25, 0.25]])
     assert attention_share(importance, 2).tolist() == pytest.approx([5 / 6, 0.5])
@@ -129,79 +106,98 @@ def test_attentive_tokens_of_each_method(model):
     assert budget.attentive < budget.kept < 24
 
 
+@torch.no_grad()
 def test_rows_against_separate_forward_passes(model):
     batches = [images(3), images(2, seed=1)]
     methods = ["none", "topk", "evit", "bat"]
-    rows = measure_methods(model, methods, batches)
-    assert [(row["reduction"], row["block"]) for row in rows] == [
-        (method, block) for method in methods for block in range(4)
-    ]
-    assert all(row["num_images"] == 5 for row in rows)
-    table = {(row["reduction"], row["block"]): row for row in rows}
+    table = measure_methods(model, methods, batches).set_index(["reduction", "block"])
+    assert list(table.index) == [(method, block) for method in methods for block in range(4)]
+    assert (table.num_images == 5).all()
     together = torch.cat(batches)
     for method in methods:
         model.set_reduction(method)
-        with torch.no_grad():
-            x, sizes = model._pos_embed(model.patch_embed(together)), None
-            for index, block in enumerate(model.blocks):
-                row = table[method, index]
-                if index in model.reduction_loc:
-                    importance = stage_importance(block, x)
-                    share = attention_share(importance, row["num_attentive"])
-                    assert row[ATTENTION_SHARE] == pytest.approx(share.mean().item(), rel=1e-5)
-                    x, sizes, _ = block(x, sizes)
-                else:
-                    assert row["num_attentive"] is row[ATTENTION_SHARE] is None
-                    x = block(x)
-                assert row["num_tokens"] == x.shape[1] - 1
-                for name, measure in MEASURES.items():
-                    values = measure(x[:, 1:])
-                    assert row[name] == pytest.approx(values.mean().item(), rel=1e-5)
-                    std = values.std(correction=0).item()
-                    assert row[f"{name}_std"] == pytest.approx(std, rel=1e-3, abs=1e-9)
-    # Nothing is left behind in the model.
-    assert not any(block._forward_hooks for block in model.blocks)
+        x, sizes = model._pos_embed(model.patch_embed(together)), None
+        for index, block in enumerate(model.blocks):
+            row = table.loc[(method, index)]
+            if index in model.reduction_loc:
+                importance = block.attn.attend(block.norm1(x)).importance[:, 1:]
+                share = attention_share(importance, int(row.num_attentive))
+                assert row.attention_share == pytest.approx(share.mean().item(), rel=1e-5)
+                x, sizes, *_ = block(x, sizes)
+            else:
+                assert pd.isna(row.num_attentive) and pd.isna(row.attention_share)
+                x = block(x)
+            assert row.num_tokens == x.shape[1] - 1
+            for name, measure in MEASURES.items():
+                values = measure(x[:, 1:])
+                assert row[name] == pytest.approx(values.mean().item(), rel=1e-5)
+                std = values.std(correction=0).item()
+                assert row[f"{name}_std"] == pytest.approx(std, rel=1e-3, abs=1e-9)
+    assert not any(block._forward_hooks for block in model.blocks)  # nothing is left behind
 
 
-def test_command_and_figure(tmp_path, capsys):
-    write_image_folder(tmp_path)
-    (tmp_path / "val" / "ant" / "0.png").write_bytes(b"no image")
-    torch.manual_seed(0)
-    model = timm.create_model(**MODEL_ARGS)
-    checkpoint = tmp_path / "model.pth"
-    torch.save({"model": model.state_dict(), "model_args": MODEL_ARGS}, checkpoint)
-    output = tmp_path / "out"
-    command = [
-        "diversity", "--checkpoint", str(checkpoint), "--data-path", str(tmp_path),
-        "--output-dir", str(output), "--num-images", "4", "--batch-size", "3",
-        "--num-workers", "0", "--device", "cpu", "--reduction", "none", "tome", "bat",
-    ]  # fmt: skip
-    assert analyze.main(command) == 1
-    error = capsys.readouterr().err
-    assert "ant/0.png" in error and "1 of 6 images" in error
-    with open(output / "diversity.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert {line["num_images"] for line in lines} == {"3"}
-    assert {line["num_tokens"] for line in lines if line["reduction"] == "none"} == {"24"}
-    text = ("reduction",)
-    rows = [
-        {
-            name: value if name in text else float(value) if value else None
-            for name, value in line.items()
-        }
-        for line in lines
-    ]
-    panels = {axes.get_label(): axes for axes in plot_diversity(rows).axes}
+def test_figure_shows_the_table(model):
+    table = measure_methods(model, ["none", "tome", "bat"], [images(2)])
+    panels = {axes.get_label(): axes for axes in plot_diversity(table).axes}
     assert set(panels) == set(MEASURE_LABELS)
     for measure, axes in panels.items():
         curves = {line.get_gid(): line for line in axes.lines if line.get_gid() in METHODS}
-        share = measure == ATTENTION_SHARE
-        assert set(curves) == {"tome", "bat"} | (set() if share else {"none"})
+        is_share = measure == "attention_share"
+        assert set(curves) == {"tome", "bat"} | (set() if is_share else {"none"})
         for method, line in curves.items():
-            own = [row for row in rows if row["reduction"] == method and row[measure] is not None]
-            assert len(own) == (2 if share else 4)
-            scale = 100 if share else 1
-            np.testing.assert_allclose(line.get_xdata(), [row["block"] for row in own])
-            np.testing.assert_allclose(line.get_ydata(), [scale * row[measure] for row in own])
-    assert "(%)" in panels[ATTENTION_SHARE].get_title()
-    assert (output / "diversity.pdf").read_bytes()[:4] == b"%PDF"
+            own = table[(table.reduction == method) & table[measure].notna()]
+            assert len(own) == (2 if is_share else 4)
+            np.testing.assert_allclose(line.get_xdata(), own.block)
+            np.testing.assert_allclose(line.get_ydata(), own[measure] * (100 if is_share else 1))
+    assert "(%)" in panels["attention_share"].get_title()
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Four of six images of 4 x 6 patches; a checkpoint of the small model."""
+    write_image_folder(tmp_path)
+    write_checkpoint(tmp_path / "model.pth", **CHANGES)
+    return [
+        "--checkpoint", tmp_path / "model.pth", "--data-path", tmp_path, "--num-images", "4",
+        "--output-dir", tmp_path / "out", "--batch-size", "3", *CPU_FLAGS,
+        "--reduction", "none", "tome", "bat",
+    ]  # fmt: skip
+
+
+def test_command(tmp_path, flags, capsys):
+    (tmp_path / "val" / "ant" / "0.png").write_bytes(b"no image")
+    assert run_tool(diversity.main, flags) == 1
+    out, error = capsys.readouterr()
+    assert "ant/0.png" in error and "1 of 4 images could not be read" in error
+    assert f"wrote {tmp_path / 'out' / 'diversity.csv'}" in out
+    table = pd.read_csv(tmp_path / "out" / "diversity.csv")
+    assert len(table) == 3 * 4 and set(table.num_images) == {3}
+    assert set(table.num_tokens[table.reduction == "none"]) == {24}
+    for suffix, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        assert (tmp_path / "out" / f"diversity.{suffix}").read_bytes().startswith(start)
+
+
+def test_moving_average_and_random_weights(tmp_path, flags):
+    first_block = {}
+    for name, changes in (
+        ("model", []), ("ema", ["--ema"]), ("random", RANDOM_MODEL), ("same", RANDOM_MODEL),
+        ("other seed", [*RANDOM_MODEL, "--seed", "1"]),
+    ):  # fmt: skip
+        assert run_tool(diversity.main, [*flags, *changes]) == 0
+        table = pd.read_csv(tmp_path / "out" / "diversity.csv")
+        first_block[name] = table.effective_rank[0]
+    assert first_block.pop("same") == first_block["random"]
+    assert len(set(first_block.values())) == 4
+
+
+def test_bad_input(tmp_path, flags, capsys):
+    for changes, words in (
+        (["--num-images", "0"], ["--num-images", "at least 1"]),
+        (["--output-dir", ""], ["--output-dir"]),
+        (["--ema", "--checkpoint", ""], ["--ema", "--checkpoint"]),
+    ):
+        message = refusal(capsys, diversity.main, [*flags, *changes])
+        assert all(word in message for word in words), message
+    for path in (tmp_path / "val").glob("*/*.png"):
+        path.write_bytes(b"no image")
+    assert "none of the 4 images" in refusal(capsys, diversity.main, flags)

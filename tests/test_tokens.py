@@ -1,45 +1,50 @@
 """Following patches: weights that add up, against products of matrices; table and heat maps."""
 
-import csv
-
 import numpy as np
+import pandas as pd
 import pytest
-import timm
 import torch
+from conftest import build_tiny
 from data_helpers import random_image
+from timm.layers import resample_abs_pos_embed
+from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 
-import analyze
 import models
-from analysis.figures import plot_patches
-from analysis.tokens import PatchMeans, group_shares, record_stages, trace_batch
-from models.grouping import merge_tokens
-from models.trace import PatchKind
+from models.reduction import ReducedTokens, merge_tokens
+from tools import tokens
+from tools.common import block_outputs
+from tools.tokens import follow_patches, group_shares, plot_patches, sum_patches
 
-ROWS, COLUMNS, NUM_PATCHES = 4, 6, 24
-MODEL_ARGS = {
-    "model_name": "bat_deit_tiny_patch16_224",
-    "img_size": (32, 48),
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 5,
-    "num_heads": 3,
-    "num_classes": 3,
-    "reduction_loc": (1, 2, 3),
-    "keep_rate": 0.7,
-}
+NUM_IMAGES, NUM_PATCHES, COLUMNS = 4, 24, 6
+CHANGES = {"img_size": (32, 48), "depth": 5, "reduction_loc": (1, 2, 3), "keep_rate": 0.7}
+STAGES = (1, 2, 3)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
-    torch.manual_seed(0)
-    model = timm.create_model(**MODEL_ARGS).eval()
-    for block in model.blocks:
-        block.attn.qkv.weight.data *= 8  # attention that is far from even
-    return model
+    return build_tiny(**CHANGES)
 
 
-def images(count=4):
-    return torch.randn(count, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+def draw_images():
+    return torch.randn(NUM_IMAGES, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+def follow(model):
+    """The table of four images, and a function that gives a column of it as (B, N_0)."""
+    table = follow_patches(model, draw_images(), ["a", "b", "c", "d"])
+    return table, lambda name: table[name].to_numpy(float, na_value=np.nan).reshape(NUM_IMAGES, -1)
+
+
+@torch.no_grad()
+def stages_of(model):
+    """What each reducing block gives for the four images, and its shares."""
+    with block_outputs(model) as outputs:
+        model(draw_images())
+    outputs = [output for output in outputs if isinstance(output, ReducedTokens)]
+    return [
+        (output, group_shares(output.weights, output.assignment, output.sizes.shape[1]))
+        for output in outputs
+    ]
 
 
 def test_shares_of_groups():
@@ -55,21 +60,15 @@ def test_weights_of_a_final_token_sum_to_one(model, reduction, merge_weights):
     model.set_reduction(reduction)
     for index in model.reduction_loc:
         model.blocks[index].merge_weights = merge_weights
-    history = trace_batch(model, images())
-    for final, weight in zip(history.final_token, history.final_weight, strict=True):
-        inside = final >= 0
-        assert weight[~inside].isnan().all() and (weight[inside] >= 0).all()
-        sums = torch.zeros(int(final.max()) + 1, dtype=torch.float64)
-        sums.scatter_add_(0, final[inside], weight[inside])
-        torch.testing.assert_close(sums, torch.ones_like(sums))
-    drops = reduction in ("topk", "random")
-    assert (history.final_token < 0).any() == drops
-    _, assignments = model.forward_with_assignments(images())
-    composed = assignments[0]
-    for assignment in assignments[1:]:
-        following = assignment.gather(1, composed.clamp(min=0))
-        composed = torch.where(composed < 0, composed, following)
-    assert torch.equal(history.final_token, composed)
+    table, column = follow(model)
+    dropped = table.final_token.isna()
+    assert dropped.any() == (reduction in ("topk", "random"))
+    assert table.final_weight[dropped].isna().all() and (table.final_weight[~dropped] >= 0).all()
+    sums = table.groupby(["image", "final_token"]).final_weight.sum()
+    np.testing.assert_allclose(sums, 1.0)
+    _, assignments = model.forward_with_assignments(draw_images())
+    composed = models.trace.compose_assignments(assignments)[-1]
+    np.testing.assert_array_equal(np.nan_to_num(column("final_token"), nan=-1), composed)
 
 
 @pytest.mark.parametrize("reduction", ["bat", "evit", "dpcknn", "tome", "topk"])
@@ -84,163 +83,166 @@ def test_shares_are_those_of_the_merge(model, reduction, monkeypatch):
 
     monkeypatch.setattr(models.reduction, "merge_tokens", spy)
     model.set_reduction(reduction)
-    with torch.no_grad(), record_stages(model) as records:
-        model(images())
-    for record in records:
+    for _, share in stages_of(model):
         # ToMe's own steps merge as well, on the way to an assignment: the stage's merge comes last.
-        *_, matrix = (entry for entry in matrices if entry.shape[2] == record.share.shape[1])
+        *_, matrix = (entry for entry in matrices if entry.shape[2] == share.shape[1])
         matrix = matrix / matrix.sum(dim=2, keepdim=True)  # EViT's fused row alone is not 1 yet
-        torch.testing.assert_close(matrix.sum(dim=1), record.share.float())
+        torch.testing.assert_close(matrix.sum(dim=1), share.float())
 
 
 def test_final_weights_are_the_product_of_the_stage_matrices(model):
-    model.set_reduction("bat")
-    with torch.no_grad(), record_stages(model) as records:
-        model(images())
-    product = torch.eye(NUM_PATCHES, dtype=torch.float64).expand(4, -1, -1)
-    for record, stage in zip(records, model.stages(), strict=True):
-        group = torch.arange(stage.num_outputs)[:, None]
-        matrix = torch.where(record.assignment[:, None] == group, record.share[:, None], 0.0)
+    product = torch.eye(NUM_PATCHES, dtype=torch.float64).expand(NUM_IMAGES, -1, -1)
+    for output, share in stages_of(model):
+        group = torch.arange(output.sizes.shape[1])[:, None]
+        matrix = torch.where(output.assignment[:, None] == group, share[:, None], 0.0)
         product = matrix @ product  # (4, K, 24)
-    history = trace_batch(model, images())
-    expected = product.gather(1, history.final_token[:, None]).squeeze(1)
-    torch.testing.assert_close(history.final_weight, expected)
-    torch.testing.assert_close(product.sum(dim=2), torch.ones(4, product.shape[1]).double())
+    _, column = follow(model)
+    final = torch.from_numpy(column("final_token")).long()
+    expected = product.gather(1, final[:, None]).squeeze(1)
+    np.testing.assert_allclose(column("final_weight"), expected)
+    np.testing.assert_allclose(product.sum(dim=2), 1.0)
 
 
 def test_importance_is_that_of_the_token_before(model):
     model.set_reduction("topk")
-    with torch.no_grad(), record_stages(model) as records:
-        model(images())
-    history = trace_batch(model, images())
-    first, second = records[0], records[1]
-    torch.testing.assert_close(history.importance[:, 0], first.importance.double())
-    for b in range(4):
-        for patch in range(NUM_PATCHES):
-            token = int(first.assignment[b, patch])
-            value = history.importance[b, 1, patch].item()
-            if token < 0:
-                assert np.isnan(value)
-            else:
-                assert value == pytest.approx(second.importance[b, token].item())
+    (first, _), (second, _), _ = stages_of(model)
+    _, column = follow(model)
+    importance = column("stage1_importance")
+    np.testing.assert_array_equal(importance, first.importance)
+    token = first.assignment
+    expected = second.importance.gather(1, token.clamp(min=0)).masked_fill(token < 0, torch.nan)
+    np.testing.assert_array_equal(column("stage2_importance"), expected)
     # Of the patches that stay in the first stage, all are more important than those that go.
-    stays = history.group[:, 0] >= 0
-    for b in range(4):
-        importance = history.importance[b, 0]
-        assert importance[stays[b]].min() >= importance[~stays[b]].max()
+    stays = ~np.isnan(column("stage1_group"))
+    for own, kept in zip(importance, stays, strict=True):
+        assert own[kept].min() >= own[~kept].max()
 
 
-def test_when_the_own_token_is_lost(model):
-    for reduction in ("none", "topk", "bat"):
-        model.set_reduction(reduction)
-        history = trace_batch(model, images())
-        for b in range(4):
-            for patch in range(NUM_PATCHES):
-                kinds = [*history.kind[b, :, patch].tolist(), None]
-                lost = next(i for i, kind in enumerate(kinds, 1) if kind != PatchKind.SINGLE)
-                assert history.lost_at[b, patch] == lost
-        assert (history.lost_at == 4).all() == (reduction == "none")
-    means = PatchMeans()
-    means.add(some_images(history, slice(0, 3)))
-    means.add(some_images(history, slice(3, 4)))
-    assert means.num_images == 4
-    np.testing.assert_allclose(means.lost_at(), history.lost_at.double().mean(dim=0))
-    np.testing.assert_allclose(means.importance(), history.importance.nanmean(dim=0))
+@pytest.mark.parametrize("reduction", ["none", "topk", "bat"])
+def test_when_the_own_token_is_lost(model, reduction):
+    model.set_reduction(reduction)
+    table, column = follow(model)
+    kinds = table[[f"stage{stage}_kind" for stage in STAGES]].to_numpy()
+    lost = [next((i for i, kind in enumerate(row, 1) if kind != "single"), 4) for row in kinds]
+    assert table.lost_at.fillna(4).tolist() == lost
+    assert table.lost_at.isna().all() == (reduction == "none")
+    # The same means over the images in one batch or in two.
+    halves = [table[table.image.isin(list(names))] for names in ("abc", "d")]
+    sums = sum(sum_patches(half, 3) for half in halves)
+    assert (sums["lost_at"]["count"] == NUM_IMAGES).all()
+    mean = np.reshape(lost, (NUM_IMAGES, -1)).mean(axis=0)
+    np.testing.assert_allclose(sums["lost_at"]["sum"] / NUM_IMAGES, mean)
+    second = sums["stage2_importance"]
+    with np.errstate(invalid="ignore"):
+        mean = np.nansum(column("stage2_importance"), axis=0) / second["count"].to_numpy()
+    np.testing.assert_allclose(second["sum"] / second["count"], mean)
 
 
-def some_images(history, part):
-    return type(history)(*(field[part] for field in history))
-
-
-def write_inputs(tmp_path, **changes):
-    """A checkpoint, and a folder with three images, one of them two folders down, and a bad one."""
-    torch.manual_seed(0)
-    model = timm.create_model(**MODEL_ARGS | changes)
-    checkpoint = tmp_path / "model.pth"
-    torch.save({"model": model.state_dict(), "model_args": MODEL_ARGS | changes}, checkpoint)
+@pytest.fixture
+def flags(tmp_path):
+    """A checkpoint, and a folder with three images, one of them two folders down."""
+    write_checkpoint(tmp_path / "model.pth", **CHANGES)
     rng = np.random.default_rng(0)
     (tmp_path / "in" / "b" / "c").mkdir(parents=True)
     for name in ("a.png", "b/c/d.png", "e.png"):
         random_image(rng).save(tmp_path / "in" / name)
     return [
-        "tokens", "--checkpoint", str(checkpoint), "--data-path", str(tmp_path / "in"),
-        "--output-dir", str(tmp_path / "out"), "--batch-size", "2", "--device", "cpu",
+        "--checkpoint", tmp_path / "model.pth", "--data-path", tmp_path / "in",
+        "--output-dir", tmp_path / "out", "--batch-size", "2", *CPU_FLAGS,
     ]  # fmt: skip
 
 
 def read_table(tmp_path):
-    with open(tmp_path / "out" / "tokens.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(tmp_path / "out" / "tokens.csv")
 
 
-def test_table_of_a_folder(tmp_path, capsys):
-    command = write_inputs(tmp_path)
+def test_table_of_a_folder(tmp_path, flags, capsys):
     (tmp_path / "in" / "b" / "broken.jpg").write_bytes(b"no image")
-    assert analyze.main(command) == 1
-    error = capsys.readouterr().err
+    assert run_tool(tokens.main, flags) == 1
+    out, error = capsys.readouterr()
     assert "b/broken.jpg" in error and "1 of 4 images could not be read" in error
+    assert f"wrote {tmp_path / 'out' / 'tokens.csv'}" in out
     table = read_table(tmp_path)
-    assert [(row["image"], int(row["row"]), int(row["column"])) for row in table] == [
-        (name, patch // COLUMNS, patch % COLUMNS)
-        for name in ("a.png", "b/c/d.png", "e.png")
-        for patch in range(NUM_PATCHES)
+    places = [(patch // COLUMNS, patch % COLUMNS) for patch in range(NUM_PATCHES)]
+    assert list(zip(table.image, table.row, table.column, strict=True)) == [
+        (name, *place) for name in ("a.png", "b/c/d.png", "e.png") for place in places
     ]
-    sums = {}
-    for row in table:
-        product = np.prod([float(row[f"stage{stage}_weight"]) for stage in (1, 2, 3)])
-        assert float(row["final_weight"]) == pytest.approx(product)
-        key = row["image"], row["final_token"]
-        sums[key] = sums.get(key, 0.0) + float(row["final_weight"])
-        kinds = [row[f"stage{stage}_kind"] for stage in (1, 2, 3)]
-        lost = [stage for stage, kind in enumerate(kinds, 1) if kind != "single"]
-        assert row["lost_at"] == (str(lost[0]) if lost else "")
-        assert row["final_token"] == row["stage3_group"]
-    assert sums == pytest.approx(dict.fromkeys(sums, 1.0))
-    assert {row["stage1_kind"] for row in table} <= {"single", "pair", "cluster"}
+    weights = table[[f"stage{stage}_weight" for stage in STAGES]]
+    np.testing.assert_allclose(table.final_weight, weights.prod(axis=1))
+    assert (table.final_token == table.stage3_group).all()
+    np.testing.assert_allclose(table.groupby(["image", "final_token"]).final_weight.sum(), 1.0)
+    assert set(table.stage1_kind) <= {"single", "pair", "cluster"}
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"tokens.csv", "tokens.png", "tokens.pdf"}
 
 
-def test_dropped_patches_have_empty_cells(tmp_path):
-    command = [*write_inputs(tmp_path), "--reduction", "topk", "--keep-rate", "0.5"]
-    assert analyze.main(command) == 0
+def test_dropped_patches_have_empty_cells(tmp_path, flags):
+    assert run_tool(tokens.main, [*flags, "--reduction", "topk", "--keep-rate", "0.5"]) == 0
     table = read_table(tmp_path)
-    dropped = [row for row in table if row["stage1_kind"] == "dropped"]
+    dropped = table[table.stage1_kind == "dropped"]
     assert len(dropped) == 3 * 12
-    for row in dropped:
-        assert row["stage1_importance"] and row["lost_at"] == "1"
-        empty = ("stage1_group", "stage1_weight", "stage2_group", "stage2_importance",
-                 "stage2_weight", "final_token", "final_weight")  # fmt: skip
-        assert [row[name] for name in empty] == [""] * len(empty)
+    assert dropped.stage1_importance.notna().all() and (dropped.lost_at == 1).all()
+    empty = ["stage1_group", "stage1_weight", "stage2_group", "stage2_importance",
+             "stage2_weight", "final_token", "final_weight"]  # fmt: skip
+    assert dropped[empty].isna().all(axis=None)
+    assert "." not in (tmp_path / "out" / "tokens.csv").read_text().splitlines()[1].split(",")[4]
 
 
-def test_one_image_and_a_model_without_stages(tmp_path):
-    command = write_inputs(tmp_path, reduction_loc=())
-    command[command.index(str(tmp_path / "in"))] = str(tmp_path / "in" / "a.png")
-    assert analyze.main(command) == 0
+def test_one_image_and_a_model_without_stages(tmp_path, flags):
+    write_checkpoint(tmp_path / "model.pth", **CHANGES | {"reduction_loc": ()})
+    assert run_tool(tokens.main, [*flags, "--data-path", tmp_path / "in" / "a.png"]) == 0
     table = read_table(tmp_path)
-    assert len(table) == NUM_PATCHES
-    assert [row["final_token"] for row in table] == [str(patch) for patch in range(NUM_PATCHES)]
-    assert {(row["image"], row["final_weight"], row["lost_at"]) for row in table} == {
-        ("a.png", "1.0", "")
-    }
+    assert table.final_token.tolist() == list(range(NUM_PATCHES))
+    assert set(table.image) == {"a.png"} and set(table.final_weight) == {1.0}
+    assert table.lost_at.isna().all()
 
 
-def test_bad_input(tmp_path, capsys):
-    command = write_inputs(tmp_path)
-    empty = tmp_path / "empty"
-    empty.mkdir()
+def test_moving_average_of_the_weights(tmp_path, flags):
+    assert run_tool(tokens.main, flags) == 0
+    own = read_table(tmp_path)
+    assert run_tool(tokens.main, [*flags, "--ema"]) == 0
+    averaged = read_table(tmp_path)
+    assert (own.stage1_importance != averaged.stage1_importance).mean() > 0.9
+
+
+@pytest.mark.parametrize("old, new", [((32, 128), (64, 256)), ((48, 40), (32, 32))])
+def test_position_embedding_of_another_grid(tmp_path, flags, monkeypatch, old, new):
+    """It was resampled as if every grid were square; 6 x 5 patches ended in a traceback."""
+    checkpoint = write_checkpoint(tmp_path / "model.pth", **CHANGES | {"img_size": old})
+    used = []
+
+    def follow(model, *batch):
+        used.append(model.pos_embed.detach())
+        return follow_patches(model, *batch)
+
+    monkeypatch.setattr(tokens, "follow_patches", follow)
+    assert run_tool(tokens.main, [*flags, "--input-size", *new]) == 0
+    grids = [[side // 8 for side in size] for size in (new, old)]
+    expected = resample_abs_pos_embed(checkpoint["model"]["pos_embed"], *grids)
+    torch.testing.assert_close(used[0], expected)
+    assert not torch.equal(expected, checkpoint["model"]["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--data-path", "{root}/empty"], ["no image"]),
+        (["--data-path", "{root}/missing"], ["missing"]),
+        (["--data-path", "{root}/bad"], ["none of the 1 images"]),
+        (["--data-path", "{root}/bad", "--bad-images", "error"], ["x.png"]),
+        (["--keep-rate", "0"], ["keep_rate", "(0, 1]"]),
+        (["--num-images", "0"], ["--num-images", "at least 1"]),
+        (["--output-dir", ""], ["--output-dir"]),
+    ],
+)
+def test_bad_input(tmp_path, flags, capsys, changes, words):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"no image")
-    for changes, words in (
-        (["--data-path", str(empty)], ["no image"]),
-        (["--data-path", str(tmp_path / "missing")], ["missing"]),
-        (["--data-path", str(tmp_path / "bad")], ["none of the 1 images"]),
-        (["--reduction", "prune"], ["prune", "evit", "bat"]),
-        (["--keep-rate", "0"], ["keep_rate", "(0, 1]"]),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            analyze.main([*command, *changes])
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert all(word in message for word in words), message
+    changes = [word.replace("{root}", str(tmp_path)) for word in changes]
+    message = refusal(capsys, tokens.main, [*flags, *changes])
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_heat_maps_show_the_values():

@@ -1,0 +1,150 @@
+"""How the tools' figures look: half a page wide, and readable by the colour-blind.
+
+Colours are Okabe and Ito's; every method has a marker of its own besides. Figures are made without
+pyplot: no display, and no global state.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+WIDTH = 3.5  # inches: half a page, a column
+STYLE = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4,
+    "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,  # text stays text
+    "savefig.dpi": 300,
+}
+# Name, colour and marker; another method takes OTHER.
+METHODS = {
+    "bat": ("BAT", "#D55E00", "o"),
+    "evit": ("EViT", "#0072B2", "s"),
+    "topk": ("top-k", "#56B4E9", "v"),
+    "tome": ("ToMe", "#009E73", "D"),
+    "dpcknn": ("DPC-KNN", "#CC79A7", "^"),
+    "random": ("random", "#E69F00", "X"),
+    "none": ("dense", "#000000", "*"),
+}
+OTHER = ("#666666", "P")
+DENSE_POINT = {"linestyle": "", "markersize": 7}  # the dense model's place in `plot_accuracy`
+
+
+def styled(draw: Callable) -> Callable:
+    """Runs a function that draws under the shared style."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def method_style(reduction: str) -> dict:
+    """Label, colour and marker of a method, as keywords of `Axes.plot`."""
+    label, colour, marker = METHODS.get(reduction, (reduction, *OTHER))
+    return {"label": label, "color": colour, "marker": marker}
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure, half a page wide and `height` inches high."""
+    return Figure(figsize=(WIDTH, height))
+
+
+def below_figure(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
+    """Puts a legend with a title below all panels."""
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4, title=title, columnspacing=1.2
+    )
+
+
+@styled
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Writes a figure to stem.png (300 dots per inch) and stem.pdf."""
+    figure.savefig(stem.with_name(f"{stem.name}.png"))
+    figure.savefig(stem.with_name(f"{stem.name}.pdf"), metadata={"CreationDate": None})
+
+
+@styled
+def plot_accuracy(rows: Sequence[dict]) -> Figure:
+    """Accuracy against GMACs: a line a method and checkpoint, keep rates beside the points.
+
+    Every line starts at the checkpoint's dense model, if that is there. Lines carry
+    "checkpoint:method" as their gid.
+
+    Args:
+        rows: each with reduction, keep_rate, gmacs and acc1; if any, checkpoint, and acc1_std,
+            drawn as an error bar.
+    """
+    table = pd.DataFrame(rows)
+    table = table.assign(checkpoint=table.get("checkpoint", ""))
+    methods, checkpoints = table.reduction.unique(), table.checkpoint.unique()
+    line_styles = dict(zip(checkpoints, cycle(("-", "--", ":", "-.")), strict=False))
+    table = table.sort_values("gmacs")
+    figure = new_figure(3.1)
+    axes = figure.add_subplot()
+    for (checkpoint, method), own in table.groupby(["checkpoint", "reduction"]):
+        style = method_style(method) | {"linestyle": line_styles[checkpoint]}
+        style |= DENSE_POINT if method == "none" else {}
+        style["zorder"] = {"none": 4, "bat": 3}.get(method, 2)
+        dense = (table.checkpoint == checkpoint) & (table.reduction == "none")
+        line = table[table.index.isin(own.index) | dense]
+        axes.plot(line.gmacs, line.acc1, gid=f"{checkpoint}:{method}", **style)
+        if "acc1_std" in own:
+            bars = {"ecolor": style["color"], "elinewidth": 0.8, "capsize": 2, "fmt": "none"}
+            axes.errorbar(own.gmacs, own.acc1, own.acc1_std, zorder=style["zorder"], **bars)
+    axes.set_xlabel("multiply-accumulates per image (GMACs)")
+    axes.set_ylabel("Acc@1 (%)")
+    axes.margins(x=0.08, y=0.1)
+    handles = [
+        Line2D([], [], **method_style(name) | (DENSE_POINT if name == "none" else {}))
+        for name in methods
+    ]
+    if len(checkpoints) > 1:
+        handles += [
+            Line2D([], [], color="#444444", linestyle=line_style, label=checkpoint)
+            for checkpoint, line_style in line_styles.items()
+        ]
+    below_figure(figure, handles, "numbers at the points: keep rate")
+    _label_keep_rates(axes, table[table.reduction != "none"])
+    return figure
+
+
+def _label_keep_rates(axes: Axes, table: pd.DataFrame) -> None:
+    """Writes a checkpoint's keep rates above the best of their points; never one over another."""
+    best = table.loc[table.groupby(["checkpoint", "keep_rate"]).acc1.idxmax()]
+    axes.figure.draw_without_rendering()
+    boxes = []
+    for row in best.sort_values("gmacs").itertuples():
+        label = axes.annotate(
+            f"{row.keep_rate:g}", (row.gmacs, row.acc1), xytext=(-1, 4), ha="right", va="bottom",
+            textcoords="offset points", fontsize=7, color="#333333",
+        )  # fmt: skip
+        while any(label.get_window_extent().overlaps(box) for box in boxes):
+            label.set_position((-1, label.get_position()[1] + 2))
+        boxes.append(label.get_window_extent())
