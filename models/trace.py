@@ -31,7 +31,7 @@ class PatchTrace(NamedTuple):
 
 
 class StageShape(Protocol):
-    """What tracing reads of a stage; `models.bat.StageInfo` has it."""
+    """What tracing reads of a stage; `models.vit.StageInfo` has it."""
 
     @property
     def num_outputs(self) -> int:

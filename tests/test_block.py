@@ -9,13 +9,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY, build_tiny, draw_batch
+from stage_helpers import run_stage
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models import REDUCTIONS
-from models.bat import ImportanceAttention
-from models.grouping import class_token_importance
-from models.reduction import StageInputs, reduce_tokens
+from models.clustering import class_token_importance
+from models.vit import ImportanceAttention
 
 METHODS = tuple(REDUCTIONS)
 REDUCING = tuple(name for name in METHODS if name != "none")
@@ -181,7 +181,7 @@ def test_every_parameter_gets_a_gradient(method: str, merge_weights: str) -> Non
 def test_gradients_reach_kept_and_merged_tokens_and_their_weights(method: str) -> None:
     x = draw_batch(2, 16, 8).requires_grad_()
     importance = draw_batch(2, 16, seed=1).softmax(dim=-1).requires_grad_()
-    reduced = reduce_tokens(StageInputs(x, importance, torch.ones(2, 16), 0.5), method)
+    reduced = run_stage(method, x, importance)
     (reduced.tokens * draw_batch(*reduced.tokens.shape, seed=2)).sum().backward()
     dropped = reduced.assignment < 0
     assert torch.equal((x.grad != 0).all(dim=-1), ~dropped)
@@ -220,7 +220,7 @@ def test_grad_checkpointing_changes_nothing_but_memory(drop_path_rate: float) ->
 # The same groups whatever surrounds them --------------------------------------------------------
 
 
-def draw_stage_inputs(kind: str) -> StageInputs:
+def draw_stage_inputs(kind: str) -> dict[str, Tensor]:
     """Five images of 24 tokens; "equal" ones tie in tokens, importances and sizes."""
     x = draw_batch(5, 24, 16)
     importance = draw_batch(5, 24, seed=1).softmax(dim=-1)
@@ -229,18 +229,20 @@ def draw_stage_inputs(kind: str) -> StageInputs:
         x[:, 8:20] = x[:, :1]
         importance[:, 5:] = importance[:, 5:6]
         x[1], importance[2] = 0, 0
-    return StageInputs(x, importance, sizes, 0.4)
+    return {"x": x, "importance": importance, "sizes": sizes}
 
 
 @pytest.mark.parametrize("method", REDUCING)
 @pytest.mark.parametrize("kind", ["random", "equal"])
 def test_stage_is_the_same_in_float32_and_under_bf16_autocast(method: str, kind: str) -> None:
     inputs = draw_stage_inputs(kind)
-    expected = reduce_tokens(inputs, method)
+    expected, x = run_stage(method, keep_rate=0.4, **inputs), inputs["x"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (inputs.x @ inputs.x.mT).dtype == torch.bfloat16, "autocast is on outside the stage"
-        reduced = reduce_tokens(inputs, method)
-        assert (inputs.x @ inputs.x.mT).dtype == torch.bfloat16, "and on again after it"
+        assert (inputs["x"] @ inputs["x"].mT).dtype == torch.bfloat16, (
+            "autocast is on outside the stage"
+        )
+        reduced = run_stage(method, keep_rate=0.4, **inputs)
+        assert (x @ x.mT).dtype == torch.bfloat16, "and on again after it"
     for before, after in zip(expected, reduced, strict=True):
         assert before.dtype == after.dtype and torch.equal(before, after)
 
@@ -270,13 +272,11 @@ def test_model_runs_under_bf16_autocast(method: str) -> None:
 @pytest.mark.parametrize("kind", ["random", "equal"])
 def test_stage_gives_an_image_the_same_groups_alone_and_in_a_batch(method: str, kind: str) -> None:
     inputs = draw_stage_inputs(kind)
-    expected = reduce_tokens(inputs, method).assignment
+    expected = run_stage(method, keep_rate=0.4, **inputs).assignment
 
     def assign(rows: list[int]) -> Tensor:
-        chosen = inputs._replace(
-            x=inputs.x[rows], importance=inputs.importance[rows], sizes=inputs.sizes[rows]
-        )
-        return reduce_tokens(chosen, method).assignment
+        chosen = {name: value[rows] for name, value in inputs.items()}
+        return run_stage(method, keep_rate=0.4, **chosen).assignment
 
     for rows in ([0], [1], [2], [3], [4], [4, 2], [3, 3, 3, 1, 0, 2, 4, 4]):
         assert torch.equal(assign(rows), expected[rows]), rows

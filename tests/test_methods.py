@@ -11,7 +11,7 @@ from stage_helpers import (
     draw_tokens,
     lone_tokens,
     merge_images,
-    stage_inputs,
+    run_stage,
 )
 
 from models.reduction import (
@@ -19,7 +19,6 @@ from models.reduction import (
     bat_assignment,
     density_peaks,
     match_pairs,
-    reduce_tokens,
     token_budget,
 )
 
@@ -35,7 +34,7 @@ def test_registry_gives_complete_assignments(method):
         for keep_rate in (0.01, 0.25, 0.5, 0.8, 1.0):
             budget = token_budget(num_tokens, keep_rate)
             identity = method == "none" or budget.kept == num_tokens
-            assignment = REDUCTIONS[method].assign(stage_inputs(x, importance, keep_rate))
+            assignment = run_stage(method, x, importance, keep_rate).assignment
             if identity:
                 assert torch.equal(assignment, torch.arange(num_tokens).expand(2, -1))
                 assert assignment.dtype == torch.int64
@@ -65,10 +64,8 @@ def test_registry_names_and_trailing_clusters():
 def test_permuting_tokens_permutes_groups(method, tokens_kind):
     (x, importance), _ = draw_bat(4, 30, 8, tokens_kind, "distinct", 0.6, 0.4, 0.3)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    before = reduce_tokens(stage_inputs(x, importance, 0.6, match_ratio=0.3), method)
-    after = reduce_tokens(
-        stage_inputs(x[:, order], importance[:, order], 0.6, match_ratio=0.3), method
-    )
+    before = run_stage(method, x, importance, 0.6, match_ratio=0.3)
+    after = run_stage(method, x[:, order], importance[:, order], 0.6, match_ratio=0.3)
     assert torch.equal(after.assignment, before.assignment[:, order])
     torch.testing.assert_close(after.tokens, before.tokens, rtol=1e-5, atol=1e-5)
     assert torch.equal(after.sizes, before.sizes)
@@ -78,9 +75,9 @@ def test_permuting_tokens_permutes_groups(method, tokens_kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_groups_do_not_depend_on_the_batch(method, tokens_kind):
     (x, importance), _ = draw_stage(method, 6, 33, 16, tokens_kind, "ties", 0.4)
-    together = reduce_tokens(stage_inputs(x, importance, 0.4), method)
+    together = run_stage(method, x, importance, 0.4)
     for images in ([0], [3], [5, 1], [4, 4, 2, 0]):
-        alone = reduce_tokens(stage_inputs(x[images], importance[images], 0.4), method)
+        alone = run_stage(method, x[images], importance[images], 0.4)
         assert torch.equal(alone.assignment, together.assignment[images])
         torch.testing.assert_close(alone.tokens, together.tokens[images], rtol=1e-6, atol=1e-6)
 
@@ -88,10 +85,10 @@ def test_groups_do_not_depend_on_the_batch(method, tokens_kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_groups_are_the_same_inside_autocast(method):
     (x, importance), expected = draw_bat(3, 40, 16, "shifted", "distinct", 0.4)
-    outside = reduce_tokens(stage_inputs(x, importance, 0.4), method)
+    outside = run_stage(method, x, importance, 0.4)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = reduce_tokens(stage_inputs(x, importance, 0.4), method)
-        chosen = REDUCTIONS[method].assign(stage_inputs(x, importance, 0.4))
+        inside = run_stage(method, x, importance, 0.4)
+        chosen = run_stage(method, x, importance, 0.4).assignment
         assert torch.equal(bat_assignment(x, importance, 0.4), expected)
         clusters, groups = density_peaks(x, 13), match_pairs(x, 9)
     assert torch.equal(clusters, density_peaks(x, 13))
@@ -107,9 +104,8 @@ def test_groups_are_the_same_inside_autocast(method):
 def test_bat_stage_merges_by_importance(merge_weights, importance_kind):
     (x, importance), expected = draw_bat(3, 30, 8, "blobs", importance_kind, 0.5, 0.4, 0.4)
     sizes = torch.randint(1, 6, (3, 30)).float()
-    reduced = reduce_tokens(
-        stage_inputs(x, importance, 0.5, match_ratio=0.4, sizes=sizes, merge_weights=merge_weights),
-        "bat",
+    reduced = run_stage(
+        "bat", x, importance, 0.5, match_ratio=0.4, sizes=sizes, merge_weights=merge_weights
     )
     assert torch.equal(reduced.assignment, expected)
     weights = importance if merge_weights == "importance" else torch.ones_like(importance)
@@ -123,7 +119,7 @@ def test_bat_stage_merges_by_importance(merge_weights, importance_kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_identity_stages_return_their_input(method):
     x, importance = torch.randn(2, 12, 4), torch.rand(2, 12)
-    reduced = reduce_tokens(stage_inputs(x, importance, 1.0), method)
+    reduced = run_stage(method, x, importance, 1.0)
     assert_same_bits(reduced.tokens, x)
     assert torch.equal(reduced.sizes, torch.ones(2, 12))
     assert torch.equal(reduced.assignment, torch.arange(12).expand(2, -1))
@@ -136,7 +132,7 @@ def test_gradients_through_a_stage_are_finite(method, tokens_kind, importance_ki
     generator = torch.Generator().manual_seed(0)
     x = draw_tokens(tokens_kind, 20, 6, generator)[None].requires_grad_()
     importance = draw_importance(importance_kind, 20, generator)[None].requires_grad_()
-    reduced = reduce_tokens(stage_inputs(x, importance, 0.4, match_ratio=0.5), method)
+    reduced = run_stage(method, x, importance, 0.4, match_ratio=0.5)
     reduced.tokens.backward(torch.randn(reduced.tokens.shape, generator=generator))
     assert not reduced.assignment.requires_grad
     assert x.grad.isfinite().all()
@@ -155,11 +151,11 @@ def test_gradients_through_a_stage_are_finite(method, tokens_kind, importance_ki
 def test_low_precision_inputs_are_decided_in_float32(method):
     x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
     importance = torch.rand(2, 40, generator=torch.Generator().manual_seed(5)).bfloat16()
-    low = reduce_tokens(stage_inputs(x, importance), method)
-    full = reduce_tokens(stage_inputs(x.float(), importance.float()), method)
+    low = run_stage(method, x, importance)
+    full = run_stage(method, x.float(), importance.float())
     assert torch.equal(low.assignment, full.assignment)
 
 
 def test_unknown_method_lists_the_choices():
     with pytest.raises(ValueError, match=r"tokens_of_doom.*bat"):
-        reduce_tokens(stage_inputs(torch.randn(1, 4, 2), torch.rand(1, 4)), "tokens_of_doom")
+        run_stage("tokens_of_doom", torch.randn(1, 4, 2), torch.rand(1, 4))

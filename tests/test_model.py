@@ -10,7 +10,7 @@ from conftest import TINY, build_tiny, draw_batch, randomise
 from arguments import get_args_parser
 from builders import build_model, model_arguments, with_stored_model
 from models import REDUCTIONS, count_parameters
-from models.bat import BATBlock
+from models.vit import BATBlock
 
 METHODS = tuple(REDUCTIONS)
 DROPPING = ("topk", "random")

@@ -12,16 +12,15 @@ from stage_helpers import (
     draw_tokens,
     lone_tokens,
     merge_images,
+    run_stage,
 )
 
 from models.reduction import (
     bat_assignment,
     density_peaks,
-    evit_assignment,
     match_pairs,
     merge_tokens,
     token_budget,
-    topk_assignment,
 )
 
 # Clusters
@@ -255,10 +254,10 @@ def test_topk_and_evit_assignments(num_tokens, importance_kind):
     )
     for keep_rate in (0.01, 0.3, 0.5, 0.7, 0.9, 1.0):
         kept = reference.budget(num_tokens, keep_rate)[0]
-        assignment = topk_assignment(x, importance, keep_rate)
+        assignment = run_stage("topk", x, importance, keep_rate).assignment
         assert_complete(assignment, (3, num_tokens), kept)
         assert assignment.tolist() == [reference.topk(v, keep_rate) for v in importance.tolist()]
-        assignment = evit_assignment(x, importance, keep_rate)
+        assignment = run_stage("evit", x, importance, keep_rate).assignment
         assert_complete(assignment, (3, num_tokens), kept + (kept < num_tokens))
         assert assignment.tolist() == [reference.evit(v, keep_rate) for v in importance.tolist()]
 
