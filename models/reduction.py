@@ -322,7 +322,7 @@ class Reduction(NamedTuple):
     def budget(
         self, num_tokens: int, keep_rate: float, cluster_ratio: float, match_ratio: float
     ) -> TokenBudget:
-            rate = keep_rate if self.reduces else 1.0
+        rate = keep_rate if self.reduces else 1.0
         return token_budget(num_tokens, rate, cluster_ratio, match_ratio)
 
     def num_outputs(self, budget: TokenBudget) -> int:
