@@ -118,8 +118,7 @@ MODEL_PROTOCOL = [
     "with the device synchronised around each run",
     "p50_ms, p95_ms: latency of one image, in rounds of their own",
     "memory_mib: weights and the largest sum of tensors alive in one forward pass, at this batch",
-    "speedup: median over the rounds of dense time / own time; the dense model is timm's, with "
-    "fused attention",
+    "speedup: median over the rounds of dense time / own time; dense is timm's, fused attention",
     "limit: dense gmacs / own gmacs; of_limit: speedup / limit",
     "vs_topk: median over the rounds of the time of topk at this keep rate / own time",
 ]
@@ -169,7 +168,7 @@ TRAIN_PROTOCOL = [
     "step_ms: median of the rounds; every round runs one step of each candidate, in turn, with "
     "the device synchronised around each step",
     "memory_mib: weights, optimizer state, and the largest sum of tensors alive in one step",
-    "time_ratio: median over the rounds of own time / time of timm's dense model, with fused "
+    "time_ratio: median over the rounds of own time / dense time; dense is timm's, with fused "
     "attention; memory_ratio: likewise",
 ]
 
@@ -366,8 +365,7 @@ def get_parser() -> ArgumentParser:
     add = parser.add_argument_group("models; every combination is a line").add_argument
     add("--model", default=DEFAULT_MODEL, help="registered reducing model")
     add("--model-kwargs", nargs="*", default={}, type=_key_value, action=ParseKwargs,
-        metavar="KEY=VALUE",
-        help="more keywords of the model and of the dense one, e.g. embed_dim=192 depth=6")
+        metavar="KEY=VALUE", help="more keywords of all models, e.g. embed_dim=192 depth=6")
     add("--keep-rate", type=_rate, nargs="+", default=[0.7, 0.5, 0.3, 0.2], metavar="RATE",
         help="keep rates to compare, each in (0, 1] and the same in all stages")
     add("--reduction", nargs="+", choices=tuple(REDUCTIONS), default=["bat", "topk"],
@@ -386,8 +384,7 @@ def get_parser() -> ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), default="float32",
         help="float32 (TF32 off), or autocast to bf16 or fp16 (the weights stay float32)")
     add_switch(group, "--compile", default=False, help="torch.compile, one graph a shape")
-    add_switch(group, "--cuda-graphs", default=False,
-               help="--compile with mode='reduce-overhead'")
+    add_switch(group, "--cuda-graphs", default=False, help="--compile as 'reduce-overhead'")
     add("--threads", type=_at_least(1), help="of PyTorch on the CPU")
     add("--repetitions", type=_at_least(FEWEST_REPETITIONS), default=20, help="timed rounds")
     add("--warmup", type=_at_least(1), default=3, help="rounds before them")
@@ -400,11 +397,7 @@ def get_parser() -> ArgumentParser:
 
 
 def measure(args: argparse.Namespace, setting: Setting) -> Iterator[Line]:
-    """The lines of the benchmark that was asked for, by image size, batch and candidate.
-
-    Raises:
-        InputError: a model cannot be built.
-    """
+    """The lines of the benchmark that was asked for, by image size, batch and candidate."""
     for img_size in args.input_size:
         candidates = build_candidates(args, img_size, setting)
         generator = torch.Generator().manual_seed(setting.seed)
@@ -430,7 +423,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     flags = {name: getattr(args, name) for name in names}
     setting = Setting(device, DTYPES[args.dtype], mode, **flags)
     # Before the measurement: the load is that of other programs.
-    about = timing.environment(device) | {"command": command, "dtype": args.dtype, "compile": mode}
+    about = timing.environment() | {"command": command, "device": str(device)}
+    about |= {"dtype": args.dtype, "compile": mode}
     about |= {"repetitions": args.repetitions, "warmup": args.warmup}
 
     rows, raw = [], []

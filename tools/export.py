@@ -141,11 +141,7 @@ def get_parser() -> ArgumentParser:
 
 
 def build_model(args: argparse.Namespace) -> BATVisionTransformer:
-    """The model to export, in evaluation mode.
-
-    Raises:
-        InputError: the checkpoint cannot be read or does not fit, or the model cannot be built.
-    """
+    """The model to export, in evaluation mode; InputError when there is no way to it."""
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     if not checkpoint:
         print("no --checkpoint: the weights are random")

@@ -139,7 +139,9 @@ def peak_mebibytes(run: Run, setting: Setting, *, resident: int = 0) -> float:
     else:
         # The profiler's own messages, about missing GPUs for one, would land in the table.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as recorded:
             run()
         events = recorded.profiler.kineto_results.events()
         changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
@@ -177,25 +179,18 @@ def table_text(table: pd.DataFrame) -> str:
     return table.assign(**floats).to_string(index=False, na_rep="-")
 
 
-def environment(device: torch.device) -> dict:
+def environment() -> dict:
     """What a figure depends on beside the flags: date, machine, load, versions, code."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": device_name(device),
+        "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         **versions(),
         "code": git_hash(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def report_text(table: pd.DataFrame, protocol: list[str], about: dict) -> str:
