@@ -82,53 +82,41 @@ def test_ties_are_broken_alike(tmp_path: Path, suffix: str) -> None:
     assert torch.equal(expected, actual)
 
 
-def run_export(checkpoint: dict, folder: Path, *flags: str) -> Tensor:
-    """Logits of two images from a file that `tools.export` made of a checkpoint."""
-    torch.save(checkpoint, folder / "best.pth")
-    output = folder / "model.pt2"
-    words = ["--checkpoint", str(folder / "best.pth"), "--output", str(output), *flags]
-    assert export.main(words) == 0
-    height, width = export.get_parser().parse_args(words).input_size or IMG_SIZE
-    with torch.no_grad():
-        return export.load_file(output)(draw_batch(2, 3, height, width))[0]
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> dict:
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
     """A non-square model's, which says how it was made; its moving average has other weights."""
-    model_args = {"model_name": "bat_deit_tiny_patch16_224"} | TINY | SMALL
     weights = build_tiny(**SMALL).state_dict()
     average = {name: 0.9 * value for name, value in weights.items()}
-    return {"model": weights, "model_ema": average, "model_args": model_args}
+    model_args = {"model_name": "bat_deit_tiny_patch16_224"} | TINY | SMALL
+    torch.save({"model": weights, "model_ema": average, "model_args": model_args}, tmp_path / "c")
+    return tmp_path / "c"
 
 
-def test_weights_alone_with_flags(tmp_path: Path, capsys, checkpoint: dict) -> None:
-    logits = run_export({"model": checkpoint["model"]}, tmp_path, *SMALL_FLAGS)
+def test_average_at_another_input_size(tmp_path: Path, capsys, checkpoint: Path) -> None:
+    """4 x 6 patches, which are not a square, become 8 x 4: resampled from their own grid."""
+    output = tmp_path / "model.pt2"
+    flags = ["--checkpoint", str(checkpoint), "--ema", "--input-size", "64", "32"]
+    assert export.main([*flags, "--output", str(output)]) == 0
     text = capsys.readouterr().out
-    assert "random" not in text
+    assert "random" not in text and "an image of 64x32" in text
     assert "largest logit difference on batches of 1 and 3: 0.00e+00 (limit 0.0001)" in text
-    expected = build_tiny(**SMALL)(draw_batch(2, 3, *IMG_SIZE))
-    assert torch.allclose(logits, expected, atol=1e-6)
 
-
-def test_moving_average(tmp_path: Path, checkpoint: dict) -> None:
-    logits = run_export(checkpoint, tmp_path, "--ema")
-    model = build_tiny(**SMALL)
-    model.load_state_dict(checkpoint["model_ema"])
-    assert torch.allclose(logits, model(draw_batch(2, 3, *IMG_SIZE)), atol=1e-6)
-
-
-def test_another_input_size_resamples_the_grid_it_was_trained_on(
-    tmp_path: Path, checkpoint: dict
-) -> None:
-    """4 x 6 patches, which are not a square, become 8 x 4."""
-    logits = run_export(checkpoint, tmp_path, "--input-size", "64", "32")
-    weights = dict(checkpoint["model"])
-    embedding = weights["pos_embed"]
-    weights["pos_embed"] = resample_abs_pos_embed(embedding, new_size=[8, 4], old_size=[4, 6])
+    weights = torch.load(checkpoint)["model_ema"]
+    resampled = resample_abs_pos_embed(weights["pos_embed"], new_size=[8, 4], old_size=[4, 6])
     model = build_tiny(**(SMALL | {"img_size": (64, 32)}))
-    model.load_state_dict(weights)
-    assert torch.allclose(logits, model(draw_batch(2, 3, 64, 32)), atol=1e-6)
+    model.load_state_dict(weights | {"pos_embed": resampled})
+    images = draw_batch(2, 3, 64, 32)
+    with torch.no_grad():
+        assert torch.allclose(export.load_file(output)(images)[0], model(images), atol=1e-6)
+
+
+def test_weights_alone_take_the_flags(tmp_path: Path) -> None:
+    path = str(tmp_path / "weights.pth")
+    torch.save(build_tiny(**SMALL).state_dict(), path)
+    words = [*SMALL_FLAGS, "--checkpoint", path, "--output", "m.pt2"]
+    images = draw_batch(2, 3, *IMG_SIZE)
+    model = export.build_model(export.get_parser().parse_args(words))
+    assert torch.equal(model(images), build_tiny(**SMALL)(images))
 
 
 def test_disagreement_is_not_done(tmp_path: Path, capsys, monkeypatch) -> None:

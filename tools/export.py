@@ -65,12 +65,12 @@ def _sort_translation() -> dict:
 
 @torch.no_grad()
 def export_file(module: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes the format that the suffix of the path names; the first dimension is "batch".
+    """Writes the format that the suffix names, weights included; the batch is dynamic.
 
     Args:
-        module: returns a tuple, logits first, then assignments; in evaluation mode.
+        module: an `ExportedModel` in evaluation mode.
         images: (B, 3, height, width) with B > 1, to trace with.
-        path: of the file, weights included.
+        path: of the file.
     """
     dynamic_shapes = ({0: Dim("batch")},)
     if path.suffix == ".pt2":
@@ -102,18 +102,14 @@ def load_file(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
 
 
 @torch.no_grad()
-def compare(path: Path, module: nn.Module, img_size: tuple[int, int], seed: int) -> tuple:
-    """Reloads a file and runs it and the model on the same batches of noise, in float32.
-
-    Args:
-        path: of the exported file.
-        module: what was exported.
-        img_size: (height, width) in pixels.
-        seed: random seed of the noise.
+def compare(
+    path: Path, module: nn.Module, img_size: tuple[int, int], seed: int
+) -> tuple[float, int]:
+    """Reloads a file and runs it and the exported module on the same noise, in float32.
 
     Returns:
-        The largest absolute difference of a logit (infinite where one is not a number), and how
-        many tokens were assigned to another group.
+        The largest absolute difference of a logit (infinite where one is not a number or the
+        shapes differ), and how many tokens were assigned to another group.
     """
     run = load_file(path)
     generator = torch.Generator().manual_seed(seed)
@@ -121,8 +117,10 @@ def compare(path: Path, module: nn.Module, img_size: tuple[int, int], seed: int)
     for batch_size in CHECKED_BATCHES:
         images = torch.randn(batch_size, 3, *img_size, generator=generator)
         (logits, *assignments), (own_logits, *own_assignments) = run(images), module(images)
-        difference = (logits - own_logits).abs().nan_to_num(nan=torch.inf).max().item()
-        largest = max(largest, difference)
+        if logits.shape != own_logits.shape:
+            return torch.inf, moved
+        difference = (logits - own_logits).abs().nan_to_num(nan=torch.inf)
+        largest = max(largest, difference.max().item())
         pairs = zip(assignments, own_assignments, strict=True)
         moved += sum(int((theirs != own).sum()) for theirs, own in pairs)
     return largest, moved
