@@ -239,6 +239,7 @@ def test_keep_rate_out_of_range(keep_rate: float) -> None:
         ({"match_ratio": float("nan")}, r"match_ratio .*\[0, 1\].*nan"),
         ({"merge_weights": "median"}, "merge_weights .*importance.*mean.*'median'"),
         ({"class_token": False, "global_pool": "avg"}, "class_token must be True"),
+        ({"global_pool": "map"}, "^global_pool must be one of .*'token'.*got 'map'$"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
