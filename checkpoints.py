@@ -177,11 +177,16 @@ def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
         model = timm.create_model(**model_args)
     except (TypeError, ValueError, AssertionError) as problem:
         raise InputError(f"cannot build {name}: {problem}") from problem
-    if reducing and not isinstance(model, BATVisionTransformer):
+    if not reducing:
+        return model
+    if not isinstance(model, BATVisionTransformer):
         raise InputError(
             f"'{name}' does not reduce tokens; choose from {own} "
             "(with --reduction none they are plain DeiT)"
         )
+    if 0 in model.patch_embed.grid_size:
+        size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+        raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
     return model
 
 
@@ -309,9 +314,7 @@ def _listed(names: list[str]) -> str:
 # Resuming ---------------------------------------------------------------------------------------
 
 
-def restore(
-    state: TrainState, checkpoint: Mapping, source: str, args: argparse.Namespace
-) -> None:
+def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.Namespace) -> None:
     """Continues an interrupted run: everything but the weights, which the model has already.
 
     Where the batch or the number of processes differs from the interrupted run's, the epoch goes on
@@ -510,7 +513,10 @@ class RunFolder:
 
         The ones before it stay as checkpoint.1.pth (the newest of them), checkpoint.2.pth, ...
         """
-        names = ["checkpoint.pth", *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints))]
+        names = [
+            "checkpoint.pth",
+            *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)),
+        ]
         newest, *older = [self.folder / name for name in names]
         pending = self.folder / "checkpoint.pending.pth"
         self._write(state.state_dict(), pending)

@@ -255,7 +255,9 @@ def build_state(
     return TrainState(model, optimizer, scheduler, scaler, ema)
 
 
-def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...], amp: str) -> TrainOptions:
+def train_options(
+    args: argparse.Namespace, keep_rates: tuple[float, ...], device: torch.device
+) -> TrainOptions:
     """How to run the steps; fine-tuning keeps dropout and stochastic depth off, as in DeiT."""
     shrink = partial(
         shrunk_keep_rate,
@@ -264,7 +266,7 @@ def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...], amp: 
         shrink_epochs=args.shrink_epochs,
     )
     return TrainOptions(
-        amp_dtype=AMP_DTYPES[amp],
+        amp_dtype=AMP_DTYPES[find_amp(args.amp, device)],
         accum_steps=args.accum_steps,
         clip_grad=args.clip_grad,
         print_freq=args.print_freq,
@@ -366,7 +368,7 @@ def train(
         DivergenceError: the loss or the gradient is not finite.
         PreemptedError: a signal asked the run to stop; a checkpoint has been written.
     """
-    options = train_options(args, state.model.keep_rates, find_amp(args.amp, device))
+    options = train_options(args, state.model.keep_rates, device)
     model = wrap_model(state.model, device, compiled=args.compile)
     mixup = build_mixup(args, state.model.num_classes)
     stop_requested = StopRequest()

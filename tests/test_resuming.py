@@ -1,6 +1,5 @@
 """The command line end to end: resuming and fine-tuning."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from conftest import PLAIN_FLAGS, RUN_FLAGS, Run, RunMain, read_log, write_images
 from timm.layers import resample_abs_pos_embed
 
-from checkpoints import load_checkpoint
-from checkpoints import RunFolder
+from checkpoints import RunFolder, load_checkpoint
 
 
 def test_resume_auto_continues_where_the_run_stopped(
@@ -78,11 +76,7 @@ def test_finetuning_for_other_classes_and_another_size(
         "--warmup-epochs", "0", "--output-dir", folder, "--keep-rate", "0.5",
     )  # fmt: skip
     assert done.returncode == 0
-    left_out = [line for line in done.stdout.splitlines() if line.startswith("not loaded")]
-    assert [re.search(r": (\S+) (\(.*\))", line).groups() for line in left_out] == [
-        ("head.weight", "(shape (4, 32) instead of (2, 32))"),
-        ("head.bias", "(shape (4,) instead of (2,))"),
-    ]
+    assert f"not loaded from {source}: head.weight, head.bias\n" in done.stdout
     before = load_checkpoint(source)
     after = load_checkpoint(folder / "checkpoint.pth")
     assert after["model_args"]["num_classes"] == 2 and after["model_args"]["embed_dim"] == 32
