@@ -1,0 +1,153 @@
+"""What the tools that run a model share: flags, loading, batches, and what the blocks give."""
+
+import os
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import compress
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from arguments import ArgumentParser, add_model_arguments, model_arguments
+from checkpoints import load_checkpoint, model_from_checkpoint
+from datasets import SampleDataset
+from models import BATVisionTransformer
+from models.reduction import ReducedTokens
+from utils import InputError, init_process, logger, seed_everything, write_atomically
+
+
+def at_least_one(text: str) -> int:
+    """An integer from 1 up, as argparse's type."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise ArgumentTypeError("must name a folder, got ''")
+    return Path(text).expanduser()
+
+
+def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentParser:
+    """The parser of `python -m tools.NAME` with the flags of a model and of a run.
+
+    A flag that is added again replaces the one that is there.
+    """
+    parser = ArgumentParser(
+        prog=f"python -m tools.{name}", description=description, conflict_handler="resolve"
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--checkpoint", default="", help="of main.py; without it: random weights")
+    add("--output-dir", type=_folder, default=f"output/{name}", help="where to write")
+    add("--batch-size", type=at_least_one, default=batch_size, help="images at a time")
+    add("--num-workers", type=int, default=2, help="data loader worker processes")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--seed", type=int, default=0, help="random seed")
+    return parser
+
+
+def find_device(args: Namespace) -> torch.device:
+    """The device that the flags name; `InputError` under a launcher."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("this tool runs in one process, without torchrun")
+    return init_process(args.device)
+
+
+def load_model(args: Namespace, path: str, device: torch.device) -> BATVisionTransformer:
+    """Rebuilds a checkpoint's model, in evaluation mode; "" stands for random weights.
+
+    Args:
+        args: reads the flags of `add_model_arguments`, and seed.
+        path: of the checkpoint.
+        device: where to put the model.
+
+    Raises:
+        InputError: the checkpoint cannot be read or does not fit the flags.
+    """
+    if args.ema and not path:
+        raise InputError("--ema needs --checkpoint: random weights have no moving average")
+    checkpoint = load_checkpoint(path) if path else {}
+    seed_everything(args.seed)
+    keywords = model_arguments(args, checkpoint.get("model_args"))
+    model = model_from_checkpoint(checkpoint, ema=args.ema, source=path, **keywords)
+    return model.to(device)
+
+
+def readable_batches(
+    dataset: SampleDataset,
+    indices: Sequence[int],
+    args: Namespace,
+    *,
+    device: torch.device,
+    bad: list[int],
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Batches of those images that can be read, each with their indices in the data set.
+
+    Args:
+        dataset: with bad_images "skip", or a bad image raises.
+        indices: of the images, at least one.
+        args: reads batch_size and num_workers.
+        device: where to put the images.
+        bad: gets the indices of the others.
+
+    Raises:
+        InputError: none of them can be read.
+    """
+    loader = DataLoader(
+        Subset(dataset, indices), batch_size=args.batch_size, num_workers=args.num_workers
+    )
+    num_seen = 0
+    for images, _, is_bad in loader:
+        batch = indices[num_seen : num_seen + len(images)]
+        bad += compress(batch, is_bad)
+        num_seen += len(images)
+        logger.info(f"image {num_seen} of {len(indices)}")
+        good = is_bad == 0
+        if good.any():
+            yield images[good].to(device), list(compress(batch, good))
+    if len(bad) == num_seen:
+        raise InputError(f"none of the {num_seen} images can be read")
+
+
+def report_bad_images(dataset: SampleDataset, indices: Sequence[int], num_images: int) -> int:
+    """Names the unreadable ones of `num_images` images, and gives the exit code."""
+    samples = getattr(dataset.source, "samples", None)
+    for index in indices:
+        name = samples[index][0] if samples else f"number {index}"
+        print(f"cannot read image {name}", file=sys.stderr)
+    if len(indices):
+        print(f"{len(indices)} of {num_images} images could not be read", file=sys.stderr)
+    return int(len(indices) > 0)
+
+
+@contextmanager
+def block_outputs(model: BATVisionTransformer) -> Iterator[list[Tensor | ReducedTokens]]:
+    """Gives a list to which every forward pass inside appends what each block returns."""
+    outputs = []
+    handles = [
+        block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+        for block in model.blocks
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Writes a CSV file; floats keep all their digits."""
+    write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
+
+
+def say_written(stem: Path, *suffixes: str) -> None:
+    """Says on one line which files a tool wrote: a stem with each of the suffixes."""
+    logger.info(f"wrote {', '.join(str(stem.with_name(stem.name + each)) for each in suffixes)}")

@@ -1,0 +1,281 @@
+"""How different the tokens of a block are, and how much attention the attentive tokens carry.
+
+    python -m tools.diversity --checkpoint best.pth --data-path data/demo
+
+Letters: B batch, N tokens, D channels; X (N, D) holds the patch tokens of one image, one a row.
+Exit codes: 0 done, 1 images could not be read (they are named and counted), 2 bad input.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from arguments import ArgumentParser, add_data_arguments
+from datasets import build_dataset
+from models import REDUCTIONS, BATVisionTransformer
+from models.reduction import ReducedTokens
+from tools.common import (
+    at_least_one,
+    block_outputs,
+    find_device,
+    load_model,
+    readable_batches,
+    report_bad_images,
+    say_written,
+    tool_parser,
+    write_table,
+)
+from tools.figures import below_figure, method_style, new_figure, save_figure, styled
+from utils import InputError, check_writable, setup_logging
+
+TINY = 1e-30  # keeps 0 / 0 at 0
+HELP = """Measures the patch tokens X (one a row) that leave each block: the relative distance to
+equal tokens ||X - 1 m^T||_F / ||X||_F with m the mean token; the mean cosine of all pairs of
+tokens; the effective rank, exp of the entropy of the normalised singular values (Roy and Vetterli
+2007); and for each reducing block the share of the class token's attention to patch tokens that the
+attentive ones carry: BAT's attentive tokens, for other methods the K most attended tokens, K being
+how many the keep rate leaves. Writes diversity.csv, .png and .pdf."""
+
+
+def relative_distance(x: Tensor) -> Tensor:
+    """Distance to the nearest matrix of equal rows: ||X - 1 m^T||_F / ||X||_F, m the mean token.
+
+    Of all matrices 1 v^T, whose rows are equal and whose rank is thus 1, the one with v = m is
+    nearest in the Frobenius norm. X - 1 v^T is the residual of Dong, Cordonnier and Loukas,
+    "Attention is not all you need: pure attention loses rank doubly exponentially with depth"
+    (ICML 2021, arXiv 2103.03404).
+
+    Args:
+        x: (B, N, D) tokens.
+
+    Returns:
+        (B,) float64 in [0, 1]: 0 for identical tokens, 1 for tokens of mean 0; 0 if all are 0.
+    """
+    x = x.double()
+    residual = x - x.mean(dim=1, keepdim=True)
+    return residual.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=TINY)
+
+
+def mean_cosine(x: Tensor) -> Tensor:
+    """Mean of cos(x_i, x_j) = x_i . x_j / (||x_i|| ||x_j||) over all pairs of different tokens.
+
+    With unit vectors u_i this is (||sum u_i||^2 - sum ||u_i||^2) / (N (N - 1)).
+
+    Args:
+        x: (B, N, D) tokens.
+
+    Returns:
+        (B,) float64 in [-1 / (N - 1), 1]: 1 for identical tokens, 0 for orthogonal ones; a token
+        that is 0 has cosine 0 to all others; NaN for N = 1.
+    """
+    x = x.double()
+    num_tokens = x.shape[1]
+    unit = x / x.norm(dim=2, keepdim=True).clamp(min=TINY)
+    if num_tokens == 1:
+        return x.new_full((len(x),), torch.nan)
+    pairs = unit.sum(dim=1).square().sum(dim=1) - unit.square().sum(dim=(1, 2))
+    return pairs / (num_tokens * (num_tokens - 1))
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """Effective rank: exp(H), H = -sum p_k ln p_k, p_k = s_k / sum s of the singular values s.
+
+    Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007).
+    The tokens are not centred.
+
+    Args:
+        x: (B, N, D) tokens.
+
+    Returns:
+        (B,) float64 from 1 (all tokens parallel) to min(N, D) (e.g. orthogonal, of equal length).
+    """
+    singular = torch.linalg.svdvals(x.double())  # (B, min(N, D))
+    p = singular / singular.sum(dim=1, keepdim=True).clamp(min=TINY)
+    return torch.special.entr(p).sum(dim=1).exp()  # entr(p) = -p ln p, and 0 at p = 0
+
+
+def attention_share(importance: Tensor, num_attentive: int) -> Tensor:
+    """Share of the class token's attention to patch tokens that the most attended ones carry.
+
+    Args:
+        importance: (B, N) class-token attention to the patch tokens.
+        num_attentive: how many of the most attended tokens count.
+
+    Returns:
+        (B,) float64 in [0, 1].
+    """
+    importance = importance.double()
+    top = importance.topk(num_attentive, dim=1).values.sum(dim=1)
+    return top / importance.sum(dim=1).clamp(min=TINY)
+
+
+MEASURES = {
+    "relative_distance": relative_distance,
+    "mean_cosine": mean_cosine,
+    "effective_rank": effective_rank,
+}
+MEASURE_LABELS = {
+    "relative_distance": "relative distance to\nequal tokens",
+    "mean_cosine": "mean cosine of\ntoken pairs",
+    "effective_rank": "effective rank",
+    "attention_share": "attention on attentive\ntokens* (%)",
+}
+
+
+def num_attentive_tokens(model: BATVisionTransformer) -> dict[int, int]:
+    """How many of the most attended tokens count as attentive, by index of the reducing block.
+
+    For BAT these are its attentive tokens (A of `token_budget`), for every other method the K
+    most attended tokens, whether it picks them (topk, evit) or not (dpcknn, tome, random).
+    A stage that keeps everything has all N.
+    """
+    return {
+        stage.block: stage.budget.attentive if model.reduction == "bat" else stage.budget.kept
+        for stage in model.stages()
+    }
+
+
+def measure_images(model: BATVisionTransformer, images: Tensor) -> pd.DataFrame:
+    """Measures every block on images (B, 3, H, W): a row a block and image."""
+    with block_outputs(model) as outputs:
+        model(images)
+    attentive = num_attentive_tokens(model)
+    tables = []
+    for block, output in enumerate(outputs):
+        reduces = isinstance(output, ReducedTokens)
+        patches = (output.tokens if reduces else output)[:, model.num_prefix_tokens :]
+        values = {name: measure(patches).cpu() for name, measure in MEASURES.items()}
+        share = attention_share(output.importance, attentive[block]).cpu() if reduces else np.nan
+        facts = {
+            "reduction": model.reduction,
+            "block": block,
+            "num_tokens": patches.shape[1],
+            "num_attentive": attentive.get(block, 0),
+        }
+        tables.append(pd.DataFrame(facts | values | {"attention_share": share}))
+    return pd.concat(tables)
+
+
+@torch.no_grad()
+def measure_methods(
+    model: BATVisionTransformer, reductions: Sequence[str], batches: Iterable[Tensor]
+) -> pd.DataFrame:
+    """Measures every block under every method, on the same images.
+
+    Args:
+        model: in evaluation mode; its method is switched, its keep rates stay.
+        reductions: names in REDUCTIONS.
+        batches: (B, 3, H, W) normalised images on the model's device.
+
+    Returns:
+        One row a method and block: reduction, block (from 0), num_tokens that leave it,
+        num_attentive (missing outside reducing blocks), of each measure the mean over the images
+        and the standard deviation (missing where it is not defined), and num_images.
+    """
+    tables = []
+    for images in batches:
+        for reduction in reductions:
+            model.set_reduction(reduction)
+            tables.append(measure_images(model, images))
+    keys = ["reduction", "block", "num_tokens", "num_attentive"]
+    groups = pd.concat(tables).groupby(keys, sort=False)
+    mean, std = groups.mean(), groups.std(ddof=0).add_suffix("_std")
+    columns = [name for pair in zip(mean, std, strict=True) for name in pair]
+    table = mean.join(std)[columns].assign(num_images=groups.size()).reset_index()
+    table["num_attentive"] = table.num_attentive.replace(0, pd.NA).astype("Int64")
+    return table
+
+
+@styled
+def plot_diversity(table: pd.DataFrame) -> Figure:
+    """A panel a measure: its mean over the images against the block, a line a method.
+
+    Lines carry the method as their gid, panels the measure as their label. The deviations between
+    images, which all methods share, would hide the lines; they are in the table.
+
+    Args:
+        table: as `measure_methods` returns it.
+    """
+    figure = new_figure(4.0)
+    panels = figure.subplots(2, 2, sharex=True)
+    methods = table.reduction.unique()
+    reducing = table.block[table.attention_share.notna()].unique()
+    for axes, (measure, title) in zip(panels.flat, MEASURE_LABELS.items(), strict=True):
+        axes.set_label(measure)
+        axes.set_title(title)
+        is_share = measure == "attention_share"
+        for method in methods:
+            if is_share and method == "none":
+                continue  # every token is kept: 100 % by definition
+            own = table[(table.reduction == method) & table[measure].notna()]
+            style = method_style(method) | {"markersize": 3, "zorder": 2 + (method == "bat")}
+            axes.plot(own.block, own[measure] * (100 if is_share else 1), gid=method, **style)
+        for block in reducing:
+            axes.axvline(block, color="#999999", linestyle=(0, (1, 2)), linewidth=0.8, zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[1]:
+        axes.set_xlabel("block index (from 0)")
+    below_figure(
+        figure,
+        [Line2D([], [], **method_style(name)) for name in methods],
+        "dotted: reducing blocks.  * BAT: its attentive tokens;\n"
+        "other methods: as many most attended ones as they keep",
+    )
+    return figure
+
+
+def get_args_parser() -> ArgumentParser:
+    """The parser of this script."""
+    parser = tool_parser("diversity", HELP, batch_size=16)
+    add_data_arguments(parser)
+    parser.set_defaults(bad_images="skip")
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--reduction", nargs="+", choices=tuple(REDUCTIONS), default=list(REDUCTIONS),
+        metavar="METHOD", help=f"methods: {', '.join(REDUCTIONS)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--num-images", type=at_least_one, default=64, metavar="N",
+        help="images to measure, spread evenly over the validation images",
+    )  # fmt: skip
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Measures, writes the table and the figure, and returns the exit code."""
+    device = find_device(args)
+    model = load_model(Namespace(**vars(args) | {"reduction": None}), args.checkpoint, device)
+    dataset, _ = build_dataset(False, args, model.patch_embed.img_size)
+    stem = check_writable(args.output_dir) / "diversity"
+    count = min(args.num_images, len(dataset))
+    indices = [number * len(dataset) // count for number in range(count)]
+    bad: list[int] = []
+    batches = readable_batches(dataset, indices, args, device=device, bad=bad)
+    table = measure_methods(model, args.reduction, (images for images, _ in batches))
+    write_table(table, stem.with_name("diversity.csv"))
+    save_figure(plot_diversity(table), stem)
+    say_written(stem, ".csv", ".png", ".pdf")
+    return report_bad_images(dataset, bad, count)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    setup_logging()
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except InputError as problem:
+        parser.error(str(problem))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
