@@ -153,8 +153,8 @@ def num_training_steps(num_batches: int, accum_steps: int) -> int:
     return max(accum_steps, num_batches // accum_steps * accum_steps) if num_batches else 0
 
 
-def _autocast(device: torch.device, amp_dtype: torch.dtype | None):
-    return torch.autocast(device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
+def _autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
 
 
 def train_one_epoch(

@@ -37,7 +37,8 @@ def wait_for_checkpoints(runs: list[Run], folder: Path, count: int) -> None:
 def assert_stopped_by_backend(survivor: Run, rank: int) -> None:
     """A process whose peer is gone has ended with its own code and the backend's own words."""
     assert survivor.wait() == EXIT_LOST_PROCESS, survivor.text()
-    (line,) = (l for l in survivor.text().splitlines() if l.startswith(f"main.py: rank {rank} "))
+    lines = survivor.text().splitlines()
+    (line,) = (text for text in lines if text.startswith(f"main.py: rank {rank} "))
     assert " stopped: " in line and "gloo" in line, line
     assert "Traceback" not in survivor.text()
 
