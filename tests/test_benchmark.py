@@ -35,6 +35,12 @@ def run(folder: Path, *flags: str) -> dict:
     return content
 
 
+def build_models(img_size: tuple[int, int]) -> list[torch.nn.Module]:
+    """The models of `MODEL_FLAGS`."""
+    args = benchmark.get_parser().parse_args(MODEL_FLAGS)
+    return [candidate.model for candidate in benchmark.build_candidates(args, img_size, SETTING)]
+
+
 def median_ratio(numerators: list[float], denominators: list[float]) -> object:
     """What the table should say, whose values have four decimals."""
     return pytest.approx(np.median(np.divide(numerators, denominators)), abs=6e-5)
@@ -42,38 +48,35 @@ def median_ratio(numerators: list[float], denominators: list[float]) -> object:
 
 @pytest.fixture(scope="module")
 def model_report(tmp_path_factory) -> dict:
-    """One run of `--what model` that the tests below look at."""
+    """One run of `--what model`."""
     flags = ("--batch-size", "1", "3", "--latency-repetitions", "4")
     return run(tmp_path_factory.mktemp("model"), *flags)
 
 
 def test_model_rows(model_report: dict) -> None:
     rows = model_report["rows"]
-    names = [(row["reduction"], row["keep"], row["batch"]) for row in rows]
     lines = [("dense", 1.0), ("bat", 0.7), ("topk", 0.7), ("bat", 0.3), ("topk", 0.3)]
+    names = [(row["reduction"], row["keep"], row["batch"]) for row in rows]
     assert names == [(*line, batch) for batch in (1, 3) for line in lines]
     assert [row["tokens"] for row in rows[:4]] == ["16", "16>12>9", "16>12>9", "16>5>2"]
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in rows)
     assert rows[0]["memory_mib"] < rows[5]["memory_mib"]
+    assert (rows[0]["speedup"], rows[0]["limit"], rows[0]["of_limit"]) == (1, 1, 1)
+    assert rows[0]["vs_topk"] is None
 
 
 def test_model_columns_follow_from_the_timings(model_report: dict) -> None:
     seconds = {(e["batch"], e["reduction"], e["keep"]): e["seconds"] for e in model_report["raw"]}
-    gmacs = {(row["reduction"], row["keep"]): row["gmacs"] for row in model_report["rows"]}
+    dense_gmacs = model_report["rows"][0]["gmacs"]
     for row in model_report["rows"]:
-        batch, keep = row["batch"], row["keep"]
-        own, dense = seconds[batch, row["reduction"], keep], seconds[batch, "dense", 1.0]
+        own = seconds[row["batch"], row["reduction"], row["keep"]]
         assert len(own) == 10
-        assert row["images/s"] == pytest.approx(batch / np.median(own), abs=0.006)
-        assert row["speedup"] == median_ratio(dense, own)
+        assert row["images/s"] == pytest.approx(row["batch"] / np.median(own), abs=0.006)
+        assert row["speedup"] == median_ratio(seconds[row["batch"], "dense", 1.0], own)
         assert row["of_limit"] == pytest.approx(row["speedup"] / row["limit"], rel=1e-3)
-        limit = gmacs["dense", 1.0] / gmacs[row["reduction"], keep]
-        assert row["limit"] == pytest.approx(limit, rel=0.05)
-        if row["reduction"] == "dense":
-            assert (row["speedup"], row["limit"], row["of_limit"]) == (1, 1, 1)
-            assert row["vs_topk"] is None
-        else:
-            assert row["vs_topk"] == median_ratio(seconds[batch, "topk", keep], own)
+        assert row["limit"] == pytest.approx(dense_gmacs / row["gmacs"], rel=0.05)
+        if row["reduction"] != "dense":
+            assert row["vs_topk"] == median_ratio(seconds[row["batch"], "topk", row["keep"]], own)
 
 
 def test_train(tmp_path: Path) -> None:
@@ -99,8 +102,7 @@ def test_stage(tmp_path: Path) -> None:
 
 
 def test_stage_alone_does_what_it_does_in_the_model() -> None:
-    args = benchmark.get_parser().parse_args(MODEL_FLAGS)
-    model = benchmark.build_candidates(args, (32, 32), SETTING)[1].model
+    model = build_models((32, 32))[1]
     images = torch.randn(3, 3, 32, 32)
     stages = benchmark.record_stages(model, images, SETTING)
     with torch.inference_mode():
@@ -143,8 +145,7 @@ def test_functions_of_one_class_are_compiled_apart() -> None:
 
 
 def test_dense_model_is_timms_with_fused_attention() -> None:
-    args = benchmark.get_parser().parse_args(MODEL_FLAGS)
-    dense, *reducing = (c.model for c in benchmark.build_candidates(args, (32, 48), SETTING))
+    dense, *reducing = build_models((32, 48))
     assert type(dense).__module__ == "timm.models.vision_transformer"
     assert all(block.attn.fused_attn for block in dense.blocks)
     assert dense.patch_embed.grid_size == (4, 6)

@@ -55,8 +55,7 @@ def test_file_agrees_with_model(tmp_path: Path, suffix: str, keep_rate: float) -
 
 def test_every_method_in_one_graph(tmp_path: Path) -> None:
     methods = ("evit", "tome", "random", "dpcknn")
-    changes = {"depth": len(methods), "reduction_loc": tuple(range(len(methods)))}
-    model = build_tiny(**(SMALL | changes), keep_rate=0.8)
+    model = build_tiny(img_size=IMG_SIZE, depth=4, reduction_loc=(0, 1, 2, 3), keep_rate=0.8)
     for block, method in zip(model.blocks, methods, strict=True):
         block.reduction = method
     path = tmp_path / ("model.onnx" if HAS_ONNX else "model.pt2")
@@ -82,18 +81,13 @@ def test_ties_are_broken_alike(tmp_path: Path, suffix: str) -> None:
     assert torch.equal(expected, actual)
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A non-square model's, which says how it was made; its moving average has other weights."""
+def test_average_at_another_input_size(tmp_path: Path, capsys) -> None:
+    """4 x 6 patches, which are not a square, become 8 x 4: resampled from their own grid."""
     weights = build_tiny(**SMALL).state_dict()
     average = {name: 0.9 * value for name, value in weights.items()}
     model_args = {"model_name": "bat_deit_tiny_patch16_224"} | TINY | SMALL
-    torch.save({"model": weights, "model_ema": average, "model_args": model_args}, tmp_path / "c")
-    return tmp_path / "c"
-
-
-def test_average_at_another_input_size(tmp_path: Path, capsys, checkpoint: Path) -> None:
-    """4 x 6 patches, which are not a square, become 8 x 4: resampled from their own grid."""
+    checkpoint = tmp_path / "best.pth"
+    torch.save({"model": weights, "model_ema": average, "model_args": model_args}, checkpoint)
     output = tmp_path / "model.pt2"
     flags = ["--checkpoint", str(checkpoint), "--ema", "--input-size", "64", "32"]
     assert export.main([*flags, "--output", str(output)]) == 0
@@ -101,10 +95,9 @@ def test_average_at_another_input_size(tmp_path: Path, capsys, checkpoint: Path)
     assert "random" not in text and "an image of 64x32" in text
     assert "largest logit difference on batches of 1 and 3: 0.00e+00 (limit 0.0001)" in text
 
-    weights = torch.load(checkpoint)["model_ema"]
-    resampled = resample_abs_pos_embed(weights["pos_embed"], new_size=[8, 4], old_size=[4, 6])
+    resampled = resample_abs_pos_embed(average["pos_embed"], new_size=[8, 4], old_size=[4, 6])
     model = build_tiny(**(SMALL | {"img_size": (64, 32)}))
-    model.load_state_dict(weights | {"pos_embed": resampled})
+    model.load_state_dict(average | {"pos_embed": resampled})
     images = draw_batch(2, 3, 64, 32)
     with torch.no_grad():
         assert torch.allclose(export.load_file(output)(images)[0], model(images), atol=1e-6)
@@ -115,7 +108,7 @@ def test_weights_alone_take_the_flags(tmp_path: Path) -> None:
     torch.save(build_tiny(**SMALL).state_dict(), path)
     words = [*SMALL_FLAGS, "--checkpoint", path, "--output", "m.pt2"]
     images = draw_batch(2, 3, *IMG_SIZE)
-    model = export.build_model(export.get_parser().parse_args(words))
+    model = export.load_model(export.get_parser().parse_args(words))
     assert torch.equal(model(images), build_tiny(**SMALL)(images))
 
 

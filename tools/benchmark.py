@@ -26,10 +26,9 @@ from models import REDUCTIONS, BATVisionTransformer, count_gmacs
 from models.clustering import class_token_importance
 from models.reduction import MERGE_WEIGHTS, ReducedTokens, Stage, reduce_tokens
 from models.vit import BATBlock
+from tools import timing
+from tools.timing import Run, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, check_writable, init_process
-
-from . import timing
-from .timing import Run, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
 
 DENSE = "dense"
 PREFIX = "bat_"  # a reducing model's registered name is this and the name of timm's dense one

@@ -138,7 +138,7 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
-def build_model(args: argparse.Namespace) -> BATVisionTransformer:
+def load_model(args: argparse.Namespace) -> BATVisionTransformer:
     """The model to export, in evaluation mode; InputError when there is no way to it."""
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     if not checkpoint:
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     if path.suffix == ".onnx" and (missing := missing_extras()):
         raise InputError(f"ONNX needs optional packages: pip install {' '.join(missing)}")
     setup_logging()
-    model = build_model(args)
+    model = load_model(args)
     img_size = model.patch_embed.img_size
     print(
         f"{model.reduction}, keep rates {list(model.keep_rates)}, {count_gmacs(model):.4f} GMACs "
