@@ -18,10 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from utils import InputError
 
 DEMO_CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
-# Written last: a folder with it was complete when it got its name.
-MANIFEST = "demo.json"
-# Raised when the pictures change, so that older sets are drawn again.
-DEMO_VERSION = 2
+SETTINGS_FILE = "demo.json"
 # Shapes are drawn this many times larger, then averaged down, for smooth edges.
 SUPERSAMPLING = 4
 # Least distance, in 8-bit RGB, that nine tenths of a background keep from the object's colour.
@@ -180,37 +177,13 @@ def draw_demo_image(name: str, size: int, rng: np.random.Generator) -> Image.Ima
     return Image.fromarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
 
 
-def _manifest(root: Path, settings: dict) -> dict:
-    """What a complete demo set's manifest says: the settings, and what is there."""
-    sizes = [file.stat().st_size for file in root.glob("*/*/*.png")]
-    totals = {"images": len(sizes), "bytes": sum(sizes)}
-    return {"version": DEMO_VERSION, "settings": settings} | totals
-
-
-def _read_manifest(root: Path) -> dict:
-    """What is written in root's manifest; empty where there is no readable one."""
-    try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) and "settings" in manifest else {}
-
-
-def is_demo(root: str | Path, settings: dict | None = None) -> bool:
-    """Whether a folder holds a complete demo set: every picture of it, with no byte missing.
-
-    With settings, the set must also have been drawn with them.
-    """
-    root = Path(root)
-    found = _read_manifest(root)
-    try:
-        return bool(found) and found == _manifest(root, settings or found["settings"])
-    except FileNotFoundError:  # another run is just replacing it
-        return False
+def is_demo(root: str | Path) -> bool:
+    """Whether a folder holds a demo set; only a complete one has its settings written in it."""
+    return (Path(root) / SETTINGS_FILE).is_file()
 
 
 def _draw_all(root: Path, settings: dict) -> None:
-    """Writes the pictures, then the manifest, into a new folder `root`."""
+    """Writes the pictures, then the settings, into a new folder `root`."""
     for split_id, split in enumerate(("train", "val")):
         for class_id, name in enumerate(DEMO_CLASSES):
             folder = root / split / name
@@ -219,27 +192,20 @@ def _draw_all(root: Path, settings: dict) -> None:
                 rng = np.random.default_rng([settings["seed"], split_id, class_id, index])
                 image = draw_demo_image(name, settings["size"], rng)
                 image.save(folder / f"{index:04d}.png")
-    text = json.dumps(_manifest(root, settings), indent=1) + "\n"
-    (root / MANIFEST).write_text(text, encoding="utf-8")
+    (root / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def make_demo(
-    root: str | Path,
-    *,
-    num_train: int = 500,
-    num_val: int = 100,
-    size: int = 64,
-    seed: int = 0,
+    root: str | Path, *, num_train: int = 500, num_val: int = 100, size: int = 64, seed: int = 0
 ) -> Path:
     """Draws the demo set at root/train/CLASS/NNNN.png and root/val/CLASS/NNNN.png.
 
     A picture depends on (seed, split, class, index) and the size alone. The set is drawn in a
     folder beside `root` and renamed when it is complete, so `root` never holds a part of it, even
-    if two runs make it at once. A complete set with the same settings stays as it is, a damaged or
-    different one is replaced. A folder that holds anything but a demo set is never touched.
+    if two runs make it at once. A folder that holds anything else is never touched.
 
     Args:
-        root: folder to make; its parents are made too. It comes back as an absolute path.
+        root: folder to make, or the complete set of an earlier call with the same settings.
         num_train: training pictures a class, 1 or more.
         num_val: validation pictures a class, 1 or more.
         size: side of a picture in pixels, 16 or more.
@@ -250,22 +216,15 @@ def make_demo(
         if settings[name] < least:
             raise InputError(f"{name} is {settings[name]}, allowed: {least} or more")
     root = Path(root).expanduser().absolute()
-    if is_demo(root, settings):
-        return root
     try:
-        if root.exists() and any(root.iterdir()) and not _read_manifest(root):
-            raise InputError(f"{root} holds something else than a demo set; not touched")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
-            _draw_all(Path(folder, "new"), settings)
-            with suppress(FileNotFoundError):
-                if not is_demo(root, settings):
-                    os.replace(root, Path(folder, "old"))  # damaged, different or empty
-            try:
-                os.replace(Path(folder, "new"), root)
-            except OSError:  # another run has been quicker
-                if not is_demo(root, settings):
-                    raise
+        if not is_demo(root):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+                _draw_all(Path(folder, "new"), settings)
+                with suppress(OSError):  # another run has been quicker, or something is there
+                    os.replace(Path(folder, "new"), root)
+        if not is_demo(root) or json.loads((root / SETTINGS_FILE).read_text()) != settings:
+            raise InputError(f"{root} holds something else than this demo set; not touched")
     except OSError as error:
         raise InputError(f"cannot make the demo set in {root}: {error}") from error
     return root
