@@ -178,25 +178,6 @@ def test_every_parameter_gets_a_gradient(method: str, merge_weights: str) -> Non
         assert (grad != 0).all(), f"{name}: {(grad == 0).sum()} of {grad.numel()} are 0"
 
 
-@pytest.mark.parametrize("method", REDUCING)
-def test_gradients_reach_kept_and_merged_tokens_and_their_weights(method: str) -> None:
-    x = draw_batch(2, 16, 8).requires_grad_()
-    importance = draw_batch(2, 16, seed=1).softmax(dim=-1).requires_grad_()
-    reduced = run_stage(method, x, importance)
-    (reduced.tokens * draw_batch(*reduced.tokens.shape, seed=2)).sum().backward()
-    dropped = reduced.assignment < 0
-    assert torch.equal((x.grad != 0).all(dim=-1), ~dropped)
-    assert torch.equal((x.grad != 0).any(dim=-1), ~dropped)
-    sizes = torch.stack(
-        [(reduced.assignment == group).sum(dim=1) for group in range(reduced.tokens.shape[1])]
-    )  # (K, B)
-    merged = (sizes.T.gather(1, reduced.assignment.clamp(min=0)) > 1) & ~dropped
-    if method in ("bat", "evit"):  # the two that weight by importance, in groups only
-        assert torch.equal(importance.grad != 0, merged) and merged.any() and not merged.all()
-    else:
-        assert importance.grad is None or (importance.grad == 0).all()
-
-
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
 def test_grad_checkpointing_changes_nothing_but_memory(drop_path_rate: float) -> None:
     images = draw_batch(4, 3, 32, 32)
@@ -300,20 +281,6 @@ def test_model_runs_under_bf16_autocast(method: str) -> None:
     assert logits.isfinite().all()
     outputs = [stage.num_outputs for stage in model.stages()]
     assert [int(assignment.max()) + 1 for assignment in assignments] == outputs
-
-
-@pytest.mark.parametrize("method", REDUCING)
-@pytest.mark.parametrize("kind", ["random", "equal"])
-def test_stage_gives_an_image_the_same_groups_alone_and_in_a_batch(method: str, kind: str) -> None:
-    inputs = draw_stage_inputs(kind)
-    expected = run_stage(method, keep_rate=0.4, **inputs).assignment
-
-    def assign(rows: list[int]) -> Tensor:
-        chosen = {name: value[rows] for name, value in inputs.items()}
-        return run_stage(method, keep_rate=0.4, **chosen).assignment
-
-    for rows in ([0], [1], [2], [3], [4], [4, 2], [3, 3, 3, 1, 0, 2, 4, 4]):
-        assert torch.equal(assign(rows), expected[rows]), rows
 
 
 @pytest.mark.parametrize("method", REDUCING)
