@@ -7,8 +7,8 @@ import timm
 import torch
 from conftest import TINY, build_tiny, draw_batch, randomise
 
-from arguments import get_args_parser
-from builders import build_model, model_arguments, with_stored_model
+from arguments import get_args_parser, model_arguments
+from checkpoints import build_model
 from models import REDUCTIONS, count_parameters
 from models.vit import BATBlock
 
@@ -101,8 +101,8 @@ def test_every_registered_name_builds_from_the_flags_of_main() -> None:
             "--match-ratio", "0.2", "--merge-weights", "mean",
             "--model-kwargs", "patch_size=8", "embed_dim=24", "depth=3", "num_heads=3",
         ])  # fmt: skip
-        args = with_stored_model(typed, None)
-        model = build_model(model_arguments(args, num_classes=5), drop_path_rate=0.1)
+        keywords = {"num_classes": 5, "drop_path_rate": 0.1}
+        model = build_model(model_arguments(typed) | keywords)
         assert (model.reduction, model.reduction_loc) == ("evit", (0, 2))
         assert model.keep_rates == (0.5, 0.9)
         block = model.blocks[2]
