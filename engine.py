@@ -185,7 +185,7 @@ def train_one_epoch(
         stop_requested: asked after every batch; all processes stop when one says True.
 
     Returns:
-        Means over the epoch and all processes: loss and lr, and the number of bad images.
+        Means of loss and lr over the epoch and all processes, and the number of bad images.
 
     Raises:
         DivergenceError: the loss or the gradient norm is not finite.
@@ -332,9 +332,9 @@ def evaluate(
         amp_dtype: autocast type, or None for none.
         print_freq: batches between progress lines.
         header: first words of the progress lines.
-        all_ranks: the processes share the data set, so add up their counts.
+        all_ranks: the processes share the data set, so their counts are added up.
         stop_requested: asked after every batch; all processes stop when one says True.
-        correct: gets this process's (B,) bools, right or wrong, one tensor a batch.
+        correct: gets (B,) bools, right or wrong, a batch at a time.
 
     Returns:
         acc1 and acc5 in percent, loss (mean cross-entropy), and how many images were evaluated and

@@ -85,11 +85,7 @@ REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
 def build_datasets(
     args: argparse.Namespace, input_size: tuple[int, int], device: torch.device
 ) -> tuple[SampleDataset | None, SampleDataset]:
-    """The training set (None for --eval) and the validation set.
-
-    Raises:
-        InputError: the data set is missing, empty, or its two parts have different classes.
-    """
+    """The training set (None for --eval) and the validation set, checked against each other."""
     with in_turns(device):
         val_dataset, _ = build_dataset(False, args, input_size)
         train_dataset = None if args.eval else build_dataset(True, args, input_size)[0]
@@ -101,11 +97,7 @@ def build_datasets(
 def build_train_loader(
     args: argparse.Namespace, dataset: SampleDataset, device: torch.device
 ) -> DataLoader | CachedLoader:
-    """Batches of this process's share of the training set; the sampler yields `SampleKey`s.
-
-    Raises:
-        InputError: the set is smaller than one batch of every process.
-    """
+    """Batches of this process's share of the training set; the sampler yields `SampleKey`s."""
     sampler = TrainSampler(
         len(dataset),
         seed=args.seed,
@@ -119,7 +111,7 @@ def build_train_loader(
             f"--batch-size {args.batch_size} times --accum-steps {args.accum_steps} is more than "
             f"the {len(sampler)} training images of a process"
         )
-    return _build_loader(args, dataset, sampler, device, drop_last=True)
+    return _build_loader(args, dataset, sampler, device)
 
 
 def build_val_loader(
@@ -127,10 +119,10 @@ def build_val_loader(
 ) -> DataLoader | CachedLoader:
     """Batches of this process's share of the validation set, or of all of it."""
     ranks = {"rank": get_rank(), "world_size": get_world_size()} if args.dist_eval else {}
-    return _build_loader(args, dataset, EvalSampler(len(dataset), **ranks), device, drop_last=False)
+    return _build_loader(args, dataset, EvalSampler(len(dataset), **ranks), device)
 
 
-def _build_loader(args, dataset, sampler, device, *, drop_last: bool) -> DataLoader | CachedLoader:
+def _build_loader(args, dataset, sampler, device) -> DataLoader | CachedLoader:
     if args.image_cache:
         return build_cached_loader(args, dataset, sampler, device)
     return DataLoader(
@@ -139,7 +131,7 @@ def _build_loader(args, dataset, sampler, device, *, drop_last: bool) -> DataLoa
         sampler=sampler,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
-        drop_last=drop_last,
+        drop_last=isinstance(sampler, TrainSampler),
         persistent_workers=args.num_workers > 0,
         worker_init_fn=ignore_stop_signals,
     )
@@ -164,11 +156,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 def build_criterion(
     args: argparse.Namespace, num_classes: int, device: torch.device
 ) -> DistillationLoss:
-    """Label-smoothed or soft-target cross-entropy, and distillation around it.
-
-    Raises:
-        InputError: the teacher is unknown, or its checkpoint does not fit.
-    """
+    """Label-smoothed or soft-target cross-entropy, and distillation around it."""
     if build_mixup(args, num_classes) is not None:
         base_criterion = SoftTargetCrossEntropy()
     elif args.smoothing > 0:
@@ -198,12 +186,7 @@ def build_criterion(
 def build_run_model(
     args: argparse.Namespace, model_args: dict, source: str, checkpoint: dict
 ) -> BATVisionTransformer:
-    """The model of the run with its first weights, on the CPU; sets its keep rate for a target.
-
-    Raises:
-        InputError: the model cannot be built, the checkpoint does not fit it, or no keep rate is
-            cheap enough.
-    """
+    """The model of the run with its first weights, on the CPU."""
     seed_everything(args.seed)  # the same first weights in every process
     model = model_from_checkpoint(
         checkpoint,
@@ -234,11 +217,7 @@ def apply_target_gmacs(
 def build_state(
     args: argparse.Namespace, model: BATVisionTransformer, device: torch.device
 ) -> TrainState:
-    """Optimizer, scheduler, gradient scaler and moving average around a model on its device.
-
-    Raises:
-        InputError: the optimizer or the scheduler is unknown, or a setting does not suit it.
-    """
+    """Optimizer, scheduler, gradient scaler and moving average around a model on its device."""
     total_batch = args.batch_size * args.accum_steps * get_world_size()
     lr = args.lr if args.unscale_lr else args.lr * total_batch / REFERENCE_BATCH
     try:
@@ -362,12 +341,7 @@ def train(
     criterion: nn.Module,
     folder: RunFolder | None,
 ) -> None:
-    """Trains from `state.epoch` to the last epoch.
-
-    Raises:
-        DivergenceError: the loss or the gradient is not finite.
-        PreemptedError: a signal asked the run to stop; a checkpoint has been written.
-    """
+    """Trains from `state.epoch` to the last epoch; after a PreemptedError a checkpoint is there."""
     options = train_options(args, state.model.keep_rates, device)
     model = wrap_model(state.model, device, compiled=args.compile)
     mixup = build_mixup(args, state.model.num_classes)
@@ -436,11 +410,7 @@ def start_state(
     source: str,
     checkpoint: dict,
 ) -> dict:
-    """Puts the state where the run begins; returns the facts about it for args.json.
-
-    Raises:
-        InputError: the checkpoint cannot be continued with these flags.
-    """
+    """Puts the state where the run begins; returns the facts about it for args.json."""
     if source:
         restore(state, checkpoint, source, args)
         if state.step * args.batch_size > train_loader.sampler.epoch_length:
