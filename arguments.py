@@ -222,6 +222,7 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decay-epochs", type=float, default=30, help="epochs a step (step)")
     add("--warmup-epochs", type=int, default=5, help="epochs of warm-up")
     add("--cooldown-epochs", type=int, default=10, help="epochs at the lowest learning rate")
+    add("--patience-epochs", type=int, default=10, help="without effect: DeiT's, for plateau")
     add("--decay-rate", type=float, default=0.1, help="factor of a step")
 
 
