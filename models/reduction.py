@@ -3,61 +3,203 @@
 One stage turns N patch tokens into K. Every input token goes to at most one output token, so a
 stage is an assignment (B, N) int64 (output index, or -1 for a dropped token) and its result is
 ``W @ x`` with a row-stochastic W (B, K, N) that has at most one non-zero entry per column. A method
-is a function that returns an assignment; merging, tracing and drawing are shared.
+is a function that returns an assignment, and one line of `REDUCTIONS`; merging, tracing and drawing
+are shared.
 
 Letters: B batch, H heads, N patch tokens entering a stage, K output tokens, A attentive tokens,
 M inattentive tokens, C clusters, P pairs, D channels.
 
 All arithmetic is float32, whatever the autocast type; all shapes follow from N and the keep rate,
-never from the data; equal values are ordered by index. This file imports torch only.
+never from the data; equal values are ordered by index.
 
 Source: "Beyond Attentive Tokens: Incorporating Token Importance and Diversity for Efficient Vision
 Transformers", CVPR 2023, arXiv 2211.11315; the baselines name theirs.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .budget import TokenBudget, token_budget
-from .grouping import (
-    density_peaks,
-    descending_rank,
-    gather_tokens,
-    group_sums,
-    match_pairs,
-    merge_tokens,
-)
-
-__all__ = [
-    "MERGE_WEIGHTS",
-    "REDUCTIONS",
-    "ReducedTokens",
-    "Reduction",
-    "StageInputs",
-    "TokenBudget",
-    "bat_assignment",
-    "density_peaks",
-    "dpcknn_assignment",
-    "evit_assignment",
-    "match_pairs",
-    "merge_tokens",
-    "random_assignment",
-    "reduce_tokens",
-    "stage_counts",
-    "token_budget",
-    "tome_assignment",
-    "topk_assignment",
-]
+from .clustering import density_peaks, descending_rank, gather_tokens, match_pairs, matmul_float32
 
 MERGE_WEIGHTS = ("importance", "mean")
 
 
-def importance_order(importance: Tensor) -> Tensor:
-    """(B, N) int64 token indices by falling importance; equal values keep index order."""
-    return importance.detach().argsort(dim=-1, descending=True, stable=True)
+# How many tokens a stage keeps, and how it spends them -------------------------------------------
+
+
+class TokenBudget(NamedTuple):
+    """How many tokens of a stage play which part; ``attentive - pairs + clusters == kept``.
+
+    Attributes:
+        kept: output tokens K.
+        clusters: clusters C made of the inattentive tokens.
+        pairs: attentive tokens P that are merged into a look-alike.
+        attentive: attentive tokens A.
+        inattentive: inattentive tokens M = N - A.
+    """
+
+    kept: int
+    clusters: int
+    pairs: int
+    attentive: int
+    inattentive: int
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the stage is the identity."""
+        return self.kept == self.attentive + self.inattentive
+
+
+def check_fraction(name: str, value: float, *, zero: bool) -> None:
+    """Raises ValueError unless the value lies in [0, 1], or in (0, 1] when zero is not allowed."""
+    if not (0 <= value <= 1) or (value == 0 and not zero):
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
+
+
+def token_budget(
+    num_tokens: int, keep_rate: float, cluster_ratio: float = 0.4, match_ratio: float = 0.1
+) -> TokenBudget:
+    """Splits the K tokens that a keep rate allows into unmerged, matched and clustered ones.
+
+    Args:
+        num_tokens: patch tokens N that enter the stage, at least 1.
+        keep_rate: K / N, in (0, 1]; K is rounded up.
+        cluster_ratio: share of K spent on clusters, in [0, 1]; 0 drops the inattentive tokens.
+        match_ratio: pairs per token that is not a cluster, in [0, 1].
+
+    Returns:
+        The budget; (N, 0, 0, N, 0) when the stage keeps everything.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    check_fraction("keep_rate", keep_rate, zero=False)
+    check_fraction("cluster_ratio", cluster_ratio, zero=True)
+    check_fraction("match_ratio", match_ratio, zero=True)
+    kept = max(1, math.ceil(keep_rate * num_tokens - 1e-9))
+    if kept >= num_tokens:
+        return TokenBudget(num_tokens, 0, 0, num_tokens, 0)
+    clusters = 0
+    if cluster_ratio > 0:
+        clusters = min(max(1, _round_half_up(cluster_ratio * kept)), max(kept - 1, 1))
+    plain = kept - clusters
+    pairs = min(_round_half_up(match_ratio * plain), num_tokens - kept, plain)
+    attentive = plain + pairs
+    return TokenBudget(kept, clusters, pairs, attentive, num_tokens - attentive)
+
+
+def _round_half_up(value: float) -> int:
+    return math.floor(value + 0.5 + 1e-9)
+
+
+# Merging -----------------------------------------------------------------------------------------
+
+
+def group_matrix(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
+    """The matrix that sums tokens over groups, each token times its value.
+
+    Args:
+        values: (B, N) one number per token.
+        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for none.
+        num_groups: groups K.
+
+    Returns:
+        (B, K, N) the value of token n in the row of its group, 0 elsewhere.
+    """
+    batch, num_tokens = assignment.shape
+    row = torch.where(assignment < 0, num_groups, assignment)  # dropped tokens: an extra row
+    matrix = values.new_zeros(batch, num_groups + 1, num_tokens)
+    return matrix.scatter_(1, row.unsqueeze(1), values.unsqueeze(1))[:, :num_groups]
+
+
+def group_sums(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
+    """Sums one number per token over every group, always in the order of the tokens.
+
+    Args:
+        values: (B, N) numbers.
+        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for none.
+        num_groups: groups K.
+
+    Returns:
+        (B, K) the sums; 0 for an empty group.
+    """
+    return group_matrix(values, assignment, num_groups).sum(dim=-1)
+
+
+def merge_tokens(
+    x: Tensor, weights: Tensor, assignment: Tensor, num_groups: int, normalize: bool = True
+) -> Tensor:
+    """Turns every group into one token: the weighted mean (or sum) of its members.
+
+    One matrix product with W (B, K, N) instead of a scatter: deterministic on every device. A token
+    alone in its group passes through bit for bit; dropped tokens contribute nothing. Gradients flow
+    through x and the weights.
+
+    Args:
+        x: (B, N, D) tokens.
+        weights: (B, N) non-negative weights; a group whose weights sum to 0 takes the plain mean.
+        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for a dropped token.
+        num_groups: output tokens K.
+        normalize: False gives the weighted sum, with no special case for a sum of 0.
+
+    Returns:
+        (B, K, D) output tokens in the dtype of x; an empty group is 0.
+    """
+    weights = weights.float()
+    num_members = group_sums(torch.ones_like(weights), assignment, num_groups)  # (B, K)
+    if normalize:
+        weights = _group_shares(weights, assignment, num_members)
+    matrix = group_matrix(weights, assignment, num_groups)  # (B, K, N)
+    merged = matmul_float32(matrix, x).to(x.dtype)  # (B, K, D)
+
+    last = _last_members(assignment, num_groups)
+    lone = gather_tokens(x, last)  # (B, K, D) used only where the group has no other member
+    if not normalize:
+        lone = (lone * weights.gather(1, last).unsqueeze(-1)).to(x.dtype)
+    return torch.where((num_members == 1).unsqueeze(-1), lone, merged)
+
+
+def _group_shares(weights: Tensor, assignment: Tensor, num_members: Tensor) -> Tensor:
+    """(B, N) weights divided by the sum of their group; equal shares where that sum is 0."""
+    token_group = assignment.clamp(min=0)  # a dropped token's is never used
+    total = group_sums(weights, assignment, num_members.shape[1]).gather(1, token_group)  # (B, N)
+    equal_share = 1 / num_members.gather(1, token_group).clamp(min=1)
+    return torch.where(total == 0, equal_share, weights / torch.where(total == 0, 1.0, total))
+
+
+def _last_members(assignment: Tensor, num_groups: int) -> Tensor:
+    """(B, K) index of a member of each group; of several, an arbitrary one."""
+    position = torch.arange(assignment.shape[1], device=assignment.device).expand_as(assignment)
+    slots = torch.where(assignment < 0, num_groups, assignment)  # dropped tokens: an extra slot
+    members = assignment.new_zeros(assignment.shape[0], num_groups + 1)
+    return members.scatter(1, slots, position)[:, :num_groups]
+
+
+# Methods: assign(stage, budget) -> (B, N) --------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """What a method may look at when it assigns the tokens of one stage.
+
+    Attributes:
+        x: (B, N, D) float32 patch tokens after the attention residual.
+        importance: (B, N) float32 class-token attention to each of them.
+        sizes: (B, N) float32 number of patches that each of them stands for.
+        index: 0, 1, ...: which of the model's stages this is.
+        seed: random seed of methods with a random choice.
+    """
+
+    x: Tensor
+    importance: Tensor
+    sizes: Tensor
+    index: int = 0
+    seed: int = 0
 
 
 def identity_assignment(x: Tensor) -> Tensor:
@@ -72,230 +214,151 @@ def bat_assignment(
     cluster_ratio: float = 0.4,
     match_ratio: float = 0.1,
 ) -> Tensor:
+    """`assign_bat` of tokens x (B, N, D) and their importance (B, N); see `token_budget`."""
+    budget = token_budget(x.shape[1], keep_rate, cluster_ratio, match_ratio)
+    if budget.keeps_all:
+        return identity_assignment(x)
+    importance = importance.detach()
+    return assign_bat(Stage(x.detach(), importance, sizes=torch.ones_like(importance)), budget)
+
+
+def assign_bat(stage: Stage, budget: TokenBudget) -> Tensor:
     """BAT: keep the attentive tokens, match look-alikes, cluster the inattentive ones.
 
-    Args:
-        x: (B, N, D) patch tokens.
-        importance: (B, N) class-token attention to each of them.
-        keep_rate: K / N, in (0, 1].
-        cluster_ratio: share of K spent on clusters, in [0, 1]; 0 drops the inattentive tokens.
-        match_ratio: pairs per token that is not a cluster, in [0, 1].
-
     Returns:
-        (B, N) int64 groups in 0 .. K-1, or -1 for dropped tokens: first the attentive groups by the
-        rank of the token that stays, then the clusters by score. Ties keep index order.
-
-    Raises:
-        ValueError: a rate or ratio is outside its range.
+        (B, N) groups in 0 .. K-1, or -1 for dropped tokens (without clusters): first the attentive
+        groups by the rank of the token that stays, then the clusters by score. Ties keep index
+        order.
     """
-    budget = token_budget(x.shape[1], keep_rate, cluster_ratio, match_ratio)
-    if budget.kept >= x.shape[1]:
-        return identity_assignment(x)
-    order = importance_order(importance)  # (B, N)
-    ordered = gather_tokens(x.detach(), order)  # (B, N, D)
+    order = stage.importance.argsort(dim=-1, descending=True, stable=True)  # (B, N)
+    ordered = gather_tokens(stage.x, order)  # (B, N, D)
     groups = match_pairs(ordered[:, : budget.attentive], budget.pairs)  # (B, A)
     inattentive = ordered[:, budget.attentive :]  # (B, M, D)
     if budget.clusters > 0:
         clusters = density_peaks(inattentive, budget.clusters) + (budget.kept - budget.clusters)
     else:
-        clusters = torch.full(inattentive.shape[:2], -1, device=x.device)  # (B, M)
+        clusters = torch.full(inattentive.shape[:2], -1, device=groups.device)  # (B, M)
     groups = torch.cat([groups, clusters], dim=1)  # (B, N) in importance order
     return torch.empty_like(groups).scatter(1, order, groups)
 
 
-def topk_assignment(x: Tensor, importance: Tensor, keep_rate: float) -> Tensor:
-    """Pruning: the K most attended tokens stay, the rest are dropped.
-
-    Args:
-        x: (B, N, D) patch tokens.
-        importance: (B, N) class-token attention to each of them.
-        keep_rate: K / N, in (0, 1].
-
-    Returns:
-        (B, N) int64 importance rank in 0 .. K-1, or -1.
-    """
-    kept = token_budget(x.shape[1], keep_rate).kept
-    if kept >= x.shape[1]:
-        return identity_assignment(x)
-    rank = descending_rank(importance.detach())
-    return rank.masked_fill(rank >= kept, -1)
+def assign_topk(stage: Stage, budget: TokenBudget) -> Tensor:
+    """(B, N) pruning: importance rank of the K most attended tokens, -1 for the rest."""
+    rank = descending_rank(stage.importance)
+    return rank.masked_fill(rank >= budget.kept, -1)
 
 
-def evit_assignment(x: Tensor, importance: Tensor, keep_rate: float) -> Tensor:
-    """EViT (Liang et al., ICLR 2022): the K most attended stay, the rest are fused.
-
-    Args:
-        x: (B, N, D) patch tokens.
-        importance: (B, N) class-token attention to each of them.
-        keep_rate: K / N, in (0, 1]; with K = N nothing is fused.
-
-    Returns:
-        (B, N) int64 importance rank in 0 .. K-1, or K for the tokens of the fused one.
-    """
-    kept = token_budget(x.shape[1], keep_rate).kept
-    if kept >= x.shape[1]:
-        return identity_assignment(x)
-    return descending_rank(importance.detach()).clamp(max=kept)
+def assign_evit(stage: Stage, budget: TokenBudget) -> Tensor:
+    """(B, N) EViT (Liang et al., ICLR 2022): the K most attended stay, group K fuses the rest."""
+    return descending_rank(stage.importance).clamp(max=budget.kept)
 
 
-def dpcknn_assignment(x: Tensor, keep_rate: float) -> Tensor:
-    """DPC-KNN (Zeng et al., TCFormer, CVPR 2022): density peaks over all tokens, K clusters.
-
-    Args:
-        x: (B, N, D) patch tokens.
-        keep_rate: K / N, in (0, 1].
-
-    Returns:
-        (B, N) int64 cluster in 0 .. K-1, by falling score.
-    """
-    kept = token_budget(x.shape[1], keep_rate).kept
-    if kept >= x.shape[1]:
-        return identity_assignment(x)
-    return density_peaks(x, kept)
+def assign_dpcknn(stage: Stage, budget: TokenBudget) -> Tensor:
+    """(B, N) DPC-KNN (Zeng et al., TCFormer, CVPR 2022): K clusters, by falling score."""
+    return density_peaks(stage.x, budget.kept)
 
 
-def tome_assignment(x: Tensor, sizes: Tensor, keep_rate: float) -> Tensor:
-    """ToMe (Bolya et al., ICLR 2023): bipartite matching over all tokens.
+def assign_tome(stage: Stage, budget: TokenBudget) -> Tensor:
+    """(B, N) ToMe (Bolya et al., ICLR 2023): bipartite matching over all tokens.
 
     One step merges at most floor(N / 2) tokens, so a lower keep rate repeats the step on the merged
-    tokens (means weighted by size) until K are left.
-
-    Args:
-        x: (B, N, D) patch tokens, in input order.
-        sizes: (B, N) number of patches that each of them stands for.
-        keep_rate: K / N, in (0, 1].
-
-    Returns:
-        (B, N) int64 group in 0 .. K-1, by ascending input order of the token that stays.
+    tokens (means weighted by size) until K are left. Groups are numbered by ascending input order
+    of the token that stays.
     """
-    kept = token_budget(x.shape[1], keep_rate).kept
+    x, sizes = stage.x, stage.sizes
     assignment = identity_assignment(x)
-    while x.shape[1] > kept:
+    while x.shape[1] > budget.kept:
         num_tokens = x.shape[1]
-        step = match_pairs(x, min(num_tokens - kept, num_tokens // 2))  # (B, num_tokens)
-        num_groups = max(kept, num_tokens - num_tokens // 2)
+        step = match_pairs(x, min(num_tokens - budget.kept, num_tokens // 2))  # (B, num_tokens)
+        num_groups = max(budget.kept, num_tokens - num_tokens // 2)
         assignment = step.gather(1, assignment)  # (B, N)
         x = merge_tokens(x, sizes, step, num_groups)  # (B, num_groups, D)
         sizes = group_sums(sizes, step, num_groups)
     return assignment
 
 
-def random_assignment(x: Tensor, keep_rate: float, *, stage: int, seed: int) -> Tensor:
-    """Control: K tokens stay by one permutation per (seed, stage, N), the same for every image.
+def assign_random(stage: Stage, budget: TokenBudget) -> Tensor:
+    """(B, N) control: K tokens stay by one permutation per (seed, stage, N), for every image.
 
     The permutation sorts a hash of the token index in 64-bit integer arithmetic, so it is the same
     on every device and is a constant of a compiled or exported graph.
-
-    Args:
-        x: (B, N, D) patch tokens.
-        keep_rate: K / N, in (0, 1].
-        stage: index of the stage.
-        seed: chooses among the permutations.
-
-    Returns:
-        (B, N) int64 position of the token in the permutation when below K, else -1.
     """
-    kept = token_budget(x.shape[1], keep_rate).kept
-    if kept >= x.shape[1]:
-        return identity_assignment(x)
+    batch, num_tokens, _ = stage.x.shape
     prime = 2_147_483_647  # 2^31 - 1: every product below stays under 2^62
-    key = torch.arange(1, x.shape[1] + 1, device=x.device)
-    for constant in (seed, stage, x.shape[1], 48_271, 69_621):
+    key = torch.arange(1, num_tokens + 1, device=stage.x.device)
+    for constant in (stage.seed, stage.index, num_tokens, 48_271, 69_621):
         factor = (constant + 16_807) % prime
         key = ((key * key) % prime + key * factor + factor) % prime
     rank = key.argsort(stable=True).argsort()  # (N,)
-    return rank.masked_fill(rank >= kept, -1).expand(x.shape[0], -1)
+    return rank.masked_fill(rank >= budget.kept, -1).expand(batch, -1)
 
 
-def importance_weights(inputs: "StageInputs", assignment: Tensor) -> Tensor:
-    """(B, N) weights inside a group: the importances, or ones for `merge_weights='mean'`."""
-    if inputs.merge_weights == "mean":
-        return torch.ones_like(inputs.importance)
-    return inputs.importance
-
-
-def mean_weights(inputs: "StageInputs", assignment: Tensor) -> Tensor:
-    """(B, N) ones: groups become plain means."""
-    return torch.ones_like(inputs.importance)
-
-
-def size_weights(inputs: "StageInputs", assignment: Tensor) -> Tensor:
-    """(B, N) the number of patches that each token stands for."""
-    return inputs.sizes
-
-
-def fused_weights(inputs: "StageInputs", assignment: Tensor) -> Tensor:
+def fused_weights(stage: Stage, budget: TokenBudget, assignment: Tensor) -> Tensor:
     """(B, N) EViT's: 1 for a token that stays, its importance for a token of the fused one."""
-    kept = token_budget(inputs.x.shape[1], inputs.keep_rate).kept
-    return torch.where(assignment < kept, torch.ones_like(inputs.importance), inputs.importance)
-
-
-class StageInputs(NamedTuple):
-    """Everything a method may look at when it decides about one stage.
-
-    Attributes:
-        x: (B, N, D) patch tokens after the attention residual.
-        importance: (B, N) float32 class-token attention to each of them.
-        sizes: (B, N) float32 number of patches that each token stands for.
-        keep_rate: K / N, in (0, 1].
-        cluster_ratio: see `token_budget`.
-        match_ratio: see `token_budget`.
-        merge_weights: "importance" or "mean" (ablation), where the method weights by importance.
-        stage: 0, 1, ...: which of the model's stages this is.
-        seed: for methods with a random choice.
-    """
-
-    x: Tensor
-    importance: Tensor
-    sizes: Tensor
-    keep_rate: float
-    cluster_ratio: float = 0.4
-    match_ratio: float = 0.1
-    merge_weights: str = "importance"
-    stage: int = 0
-    seed: int = 0
+    return torch.where(assignment < budget.kept, 1.0, stage.importance)
 
 
 class Reduction(NamedTuple):
     """A method: how it assigns tokens to groups, and what a group becomes.
 
     Attributes:
-        assign: stage inputs -> (B, N) assignment; called without gradients.
-        weights: stage inputs and assignment -> (B, N) weights of the tokens in their groups.
-        num_clusters: budget -> how many of the last output groups are clusters.
+        assign: stage and budget -> (B, N) int64 output index of each token, or -1; called without
+            gradients, and only where tokens have to go.
+        weights: stage, budget and assignment -> (B, N) weights of the tokens in their groups; None:
+            the importance, or ones where the model asks for `merge_weights="mean"`.
+        clusters: budget -> how many of the last output tokens are clusters.
         num_fused: output tokens beside the K of the budget.
         normalize: False: groups are weighted sums instead of means.
+        reduces: False: every token is kept at any keep rate.
     """
 
-    assign: Callable[[StageInputs], Tensor]
-    weights: Callable[[StageInputs, Tensor], Tensor] = importance_weights
-    num_clusters: Callable[[TokenBudget], int] = lambda budget: 0
+    assign: Callable[[Stage, TokenBudget], Tensor]
+    weights: Callable[[Stage, TokenBudget, Tensor], Tensor] | None = None
+    clusters: Callable[[TokenBudget], int] = lambda budget: 0
     num_fused: int = 0
     normalize: bool = True
+    reduces: bool = True
+
+    def budget(
+        self, num_tokens: int, keep_rate: float, cluster_ratio: float, match_ratio: float
+    ) -> TokenBudget:
+        rate = keep_rate if self.reduces else 1.0
+        return token_budget(num_tokens, rate, cluster_ratio, match_ratio)
+
+    def num_outputs(self, budget: TokenBudget) -> int:
+        """Tokens that leave a stage: K, plus the fused one."""
+        return budget.kept + (0 if budget.keeps_all else self.num_fused)
+
+    def num_clusters(self, budget: TokenBudget) -> int:
+        """How many of the last output tokens are clusters."""
+        return 0 if budget.keeps_all else self.clusters(budget)
 
 
 REDUCTIONS: dict[str, Reduction] = {
-    "none": Reduction(lambda s: identity_assignment(s.x)),
-    "topk": Reduction(lambda s: topk_assignment(s.x, s.importance, s.keep_rate)),
+    "none": Reduction(lambda stage, budget: identity_assignment(stage.x), reduces=False),
+    "topk": Reduction(assign_topk),
     "evit": Reduction(
-        lambda s: evit_assignment(s.x, s.importance, s.keep_rate),
-        weights=fused_weights,
-        num_clusters=lambda budget: 1,
-        num_fused=1,
-        normalize=False,
+        assign_evit, fused_weights, clusters=lambda budget: 1, num_fused=1, normalize=False
     ),
     "dpcknn": Reduction(
-        lambda s: dpcknn_assignment(s.x, s.keep_rate),
-        weights=mean_weights,
-        num_clusters=lambda budget: budget.kept,
+        assign_dpcknn,
+        weights=lambda stage, budget, assignment: torch.ones_like(stage.importance),
+        clusters=lambda budget: budget.kept,
     ),
-    "tome": Reduction(lambda s: tome_assignment(s.x, s.sizes, s.keep_rate), weights=size_weights),
-    "random": Reduction(lambda s: random_assignment(s.x, s.keep_rate, stage=s.stage, seed=s.seed)),
-    "bat": Reduction(
-        lambda s: bat_assignment(s.x, s.importance, s.keep_rate, s.cluster_ratio, s.match_ratio),
-        num_clusters=lambda budget: budget.clusters,
-    ),
+    "tome": Reduction(assign_tome, weights=lambda stage, budget, assignment: stage.sizes),
+    "random": Reduction(assign_random),
+    "bat": Reduction(assign_bat, clusters=lambda budget: budget.clusters),
 }
+
+
+def get_reduction(name: str) -> Reduction:
+    """The registered method of that name; ValueError when there is none."""
+    if name not in REDUCTIONS:
+        raise ValueError(f"unknown reduction '{name}'; choose from {', '.join(REDUCTIONS)}")
+    return REDUCTIONS[name]
+
+
+# One stage ---------------------------------------------------------------------------------------
 
 
 class ReducedTokens(NamedTuple):
@@ -305,51 +368,35 @@ class ReducedTokens(NamedTuple):
         tokens: (B, K, D) output tokens in the dtype of the input.
         sizes: (B, K) float32 number of patches that each of them stands for.
         assignment: (B, N) int64 output index of each input token, or -1.
+        importance: (B, N) float32 class-token attention to each input token.
+        weights: (B, N) weight of each input token in its group, before normalisation.
     """
 
     tokens: Tensor
     sizes: Tensor
     assignment: Tensor
+    importance: Tensor
+    weights: Tensor
 
 
-class StageCounts(NamedTuple):
-    """What a stage makes of its tokens.
-
-    Attributes:
-        budget: the token budget; (N, 0, 0, N, 0) when the stage is the identity.
-        num_outputs: tokens that leave the stage: K, plus the method's fused token if it has one.
-        num_clusters: how many of the last output tokens are clusters.
-    """
-
-    budget: TokenBudget
-    num_outputs: int
-    num_clusters: int
-
-
-def stage_counts(
-    method: str, num_tokens: int, keep_rate: float, *, cluster_ratio: float, match_ratio: float
-) -> StageCounts:
-    """Counts tokens for one stage of a method; see `token_budget` for the arguments.
-
-    Raises:
-        ValueError: the method is unknown, or an argument is outside its range.
-    """
-    if method not in REDUCTIONS:
-        raise ValueError(f"unknown reduction '{method}'; choose from {', '.join(REDUCTIONS)}")
-    rate = 1.0 if method == "none" else keep_rate
-    budget = token_budget(num_tokens, rate, cluster_ratio, match_ratio)
-    if budget.kept >= num_tokens:
-        return StageCounts(budget, num_tokens, 0)
-    entry = REDUCTIONS[method]
-    return StageCounts(budget, budget.kept + entry.num_fused, entry.num_clusters(budget))
-
-
-def reduce_tokens(inputs: StageInputs, method: str) -> ReducedTokens:
+def reduce_tokens(
+    stage: Stage,
+    method: str,
+    keep_rate: float,
+    *,
+    cluster_ratio: float = 0.4,
+    match_ratio: float = 0.1,
+    merge_weights: str = "importance",
+) -> ReducedTokens:
     """Runs one stage: decide the groups without gradients, then merge with them.
 
     Args:
-        inputs: the tokens and the stage's settings.
+        stage: the tokens, in any float type, and what belongs to them.
         method: a name in REDUCTIONS.
+        keep_rate: see `token_budget`, as the two ratios.
+        cluster_ratio: see there.
+        match_ratio: see there.
+        merge_weights: one of MERGE_WEIGHTS, for methods without weights of their own.
 
     Returns:
         The tokens that leave the stage; the input itself when the stage keeps everything.
@@ -357,21 +404,21 @@ def reduce_tokens(inputs: StageInputs, method: str) -> ReducedTokens:
     Raises:
         ValueError: the method is unknown, or a rate or ratio is outside its range.
     """
-    counts = stage_counts(
-        method,
-        inputs.x.shape[1],
-        inputs.keep_rate,
-        cluster_ratio=inputs.cluster_ratio,
-        match_ratio=inputs.match_ratio,
+    reduction = get_reduction(method)
+    budget = reduction.budget(stage.x.shape[1], keep_rate, cluster_ratio, match_ratio)
+    ones = torch.ones_like(stage.importance)
+    if budget.keeps_all:
+        assignment = identity_assignment(stage.x)
+        return ReducedTokens(stage.x, stage.sizes, assignment, stage.importance, ones)
+    assignment = reduction.assign(
+        stage._replace(x=stage.x.detach().float(), importance=stage.importance.detach().float()),
+        budget,
     )
-    if counts.budget.kept >= inputs.x.shape[1]:
-        return ReducedTokens(inputs.x, inputs.sizes, identity_assignment(inputs.x))
-    entry = REDUCTIONS[method]
-    decide = inputs._replace(
-        x=inputs.x.detach().float(), importance=inputs.importance.detach().float()
-    )
-    assignment = entry.assign(decide)
-    weights = entry.weights(inputs, assignment)
-    num_groups = counts.num_outputs
-    tokens = merge_tokens(inputs.x, weights, assignment, num_groups, normalize=entry.normalize)
-    return ReducedTokens(tokens, group_sums(inputs.sizes, assignment, num_groups), assignment)
+    if reduction.weights is not None:
+        weights = reduction.weights(stage, budget, assignment)
+    else:
+        weights = ones if merge_weights == "mean" else stage.importance
+    num_groups = reduction.num_outputs(budget)
+    tokens = merge_tokens(stage.x, weights, assignment, num_groups, reduction.normalize)
+    sizes = group_sums(stage.sizes, assignment, num_groups)
+    return ReducedTokens(tokens, sizes, assignment, stage.importance, weights)

@@ -6,7 +6,7 @@ import reference
 import torch
 from torch import Tensor
 
-from models.reduction import StageInputs
+from models.reduction import ReducedTokens, Stage, reduce_tokens
 
 MIN_MARGIN = 2e-6  # about 32 float32 roundings
 
@@ -109,20 +109,20 @@ def draw_stage(method, count, num_tokens, dim, tokens, importance, keep_rate):
     )
 
 
-def stage_inputs(x: Tensor, importance: Tensor, keep_rate: float = 0.5, **changes) -> StageInputs:
-    """Inputs of the first stage, one patch a token, with the default ratios."""
-    inputs = StageInputs(
-        x=x,
-        importance=importance,
-        sizes=torch.ones(x.shape[:2]),
-        keep_rate=keep_rate,
-        cluster_ratio=0.4,
-        match_ratio=0.1,
-        merge_weights="importance",
-        stage=0,
-        seed=0,
-    )
-    return inputs._replace(**changes)
+def run_stage(
+    method: str,
+    x: Tensor,
+    importance: Tensor,
+    keep_rate: float = 0.5,
+    sizes: Tensor | None = None,
+    index: int = 0,
+    seed: int = 0,
+    **settings,
+) -> ReducedTokens:
+    """One stage; by default the first one, with one patch a token and the default ratios."""
+    sizes = torch.ones(x.shape[:2]) if sizes is None else sizes
+    stage = Stage(x=x, importance=importance, sizes=sizes, index=index, seed=seed)
+    return reduce_tokens(stage, method, keep_rate, **settings)
 
 
 def merge_images(

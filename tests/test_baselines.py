@@ -14,17 +14,10 @@ from stage_helpers import (
     draw_tokens,
     lone_tokens,
     merge_images,
-    stage_inputs,
+    run_stage,
 )
 
-from models.reduction import (
-    density_peaks,
-    dpcknn_assignment,
-    random_assignment,
-    reduce_tokens,
-    token_budget,
-    tome_assignment,
-)
+from models.reduction import density_peaks, token_budget
 
 # Density peaks over all tokens
 
@@ -32,27 +25,19 @@ from models.reduction import (
 @pytest.mark.parametrize("tokens", ["normal", "blobs", "far", "duplicates", "few", "equal", "zero"])
 @pytest.mark.parametrize(
     "num_tokens, keep_rate",
-    [
-        (1, 0.5),
-        (2, 0.5),
-        (3, 0.5),
-        (12, 0.1),
-        (25, 0.4),
-        (25, 0.9),
-        (9, 1.0),
-    ],
+    [(1, 0.5), (2, 0.5), (3, 0.5), (12, 0.1), (25, 0.4), (25, 0.9), (9, 1.0)],
 )
 def test_dpcknn(tokens, num_tokens, keep_rate):
     (x, importance), expected = draw_stage(
         "dpcknn", 3, num_tokens, 8, tokens, "distinct", keep_rate
     )
-    assignment = dpcknn_assignment(x, keep_rate)
+    assignment = run_stage("dpcknn", x, importance, keep_rate).assignment
     kept = token_budget(num_tokens, keep_rate).kept
     assert_complete(assignment, (3, num_tokens), kept)
     assert torch.equal(assignment, expected)
     if kept < num_tokens:
         assert torch.equal(assignment, density_peaks(x, kept))
-    reduced = reduce_tokens(stage_inputs(x, importance, keep_rate), "dpcknn")
+    reduced = run_stage("dpcknn", x, importance, keep_rate)
     assert torch.equal(reduced.assignment, expected)
     plain_mean = merge_images(x, torch.ones(3, num_tokens), expected, kept)
     torch.testing.assert_close(reduced.tokens, plain_mean, rtol=1e-5, atol=1e-4)
@@ -84,7 +69,7 @@ def bipartite_soft_matching(metric: list[list[float]], num_merged: int) -> list[
 def test_tome_step_groups_like_bipartite_soft_matching(num_tokens, keep_rate):
     (x, _), _ = draw_stage("tome", 4, num_tokens, 12, "shifted", "distinct", keep_rate)
     kept = token_budget(num_tokens, keep_rate).kept
-    assignment = tome_assignment(x, torch.ones(4, num_tokens), keep_rate)
+    assignment = run_stage("tome", x, x[..., 0], keep_rate).assignment
     for metric, row in zip(x.tolist(), assignment.tolist(), strict=True):
         expected = bipartite_soft_matching(metric, num_tokens - kept)
         actual = [{n for n, k in enumerate(row) if k == group} for group in range(kept)]
@@ -116,10 +101,10 @@ def test_tome_over_any_number_of_steps(tokens, num_tokens, keep_rate):
     )
     sizes = sizes.expand(3, -1)
     kept = token_budget(num_tokens, keep_rate).kept
-    assignment = tome_assignment(x, sizes, keep_rate)
+    assignment = run_stage("tome", x, x[..., 0], keep_rate, sizes).assignment
     assert_complete(assignment, (3, num_tokens), kept)
     assert torch.equal(assignment, expected)
-    reduced = reduce_tokens(stage_inputs(x, x[..., 0], keep_rate, sizes=sizes), "tome")
+    reduced = run_stage("tome", x, x[..., 0], keep_rate, sizes=sizes)
     weighted = merge_images(x, sizes, expected, kept)
     torch.testing.assert_close(reduced.tokens, weighted, rtol=1e-5, atol=1e-5)
     assert torch.equal(reduced.sizes, torch.zeros(3, kept).scatter_add(1, expected, sizes))
@@ -131,10 +116,8 @@ def test_tome_carries_sizes_to_the_next_stage():
         lambda generator: (draw_tokens("shifted", 28, 10, generator),),
         lambda image, margin: reference.tome(image, [1.0] * 28, 0.15, margin),
     )
-    first = reduce_tokens(stage_inputs(x, x[..., 0], 0.5), "tome")
-    second = reduce_tokens(
-        stage_inputs(first.tokens, first.tokens[..., 0], 0.5, sizes=first.sizes, stage=1), "tome"
-    )
+    first = run_stage("tome", x, x[..., 0], 0.5)
+    second = run_stage("tome", first.tokens, first.tokens[..., 0], 0.5, sizes=first.sizes, index=1)
     # Each final token is the plain mean of all the patches it stands for.
     composed = second.assignment.gather(1, first.assignment)
     patches = merge_images(x, torch.ones(2, 28), composed, 7)
@@ -145,23 +128,27 @@ def test_tome_carries_sizes_to_the_next_stage():
 # Random
 
 
+def assign_random(x, keep_rate, **changes):
+    return run_stage("random", x, x[..., 0], keep_rate, **changes).assignment
+
+
 def test_random_keeps_one_fixed_permutation():
     x = torch.randn(5, 40, 3)
     state = torch.get_rng_state()
-    assignment = random_assignment(x, 0.3, stage=1, seed=7)
+    assignment = assign_random(x, 0.3, index=1, seed=7)
     assert torch.equal(torch.get_rng_state(), state)
     assert_complete(assignment, (5, 40), 12)
     assert torch.equal(assignment, assignment[:1].expand(5, -1))
     assert int((assignment[0] >= 0).sum()) == 12
     torch.manual_seed(123)
-    again = random_assignment(torch.zeros(2, 40, 9), 0.3, stage=1, seed=7)
+    again = assign_random(torch.zeros(2, 40, 9), 0.3, index=1, seed=7)
     assert torch.equal(again, assignment[:2])
 
 
 def test_random_keep_rates_share_the_permutation():
     x = torch.zeros(1, 50, 2)
     kept = [
-        set((random_assignment(x, rate, stage=0, seed=0)[0] >= 0).nonzero()[:, 0].tolist())
+        set((assign_random(x, rate, index=0, seed=0)[0] >= 0).nonzero()[:, 0].tolist())
         for rate in (0.1, 0.3, 0.5, 0.8, 1.0)
     ]
     assert [len(tokens) for tokens in kept] == [5, 15, 25, 40, 50]
@@ -172,7 +159,7 @@ def test_random_keep_rates_share_the_permutation():
 def test_random_differs_between_seeds_and_stages():
     x = torch.zeros(1, 60, 2)
     kept = {
-        tuple((random_assignment(x, 0.5, stage=stage, seed=seed)[0] >= 0).tolist())
+        tuple((assign_random(x, 0.5, index=stage, seed=seed)[0] >= 0).tolist())
         for stage in range(6)
         for seed in range(10)
     }
@@ -181,9 +168,7 @@ def test_random_differs_between_seeds_and_stages():
 
 def test_random_gives_every_token_a_chance():
     x = torch.zeros(1, 10, 2)
-    counts = sum(
-        (random_assignment(x, 0.3, stage=0, seed=seed)[0] >= 0).int() for seed in range(400)
-    )
+    counts = sum((assign_random(x, 0.3, index=0, seed=seed)[0] >= 0).int() for seed in range(400))
     # 120 expected; the standard deviation of a fair draw is 9.
     assert counts.sum() == 1200
     assert counts.min() >= 75
@@ -222,9 +207,7 @@ def test_evit_over_two_stages(num_tokens, keep_rate, num_outputs):
     expected = x.tolist()
     for stage in range(2):
         attention = torch.rand(x.shape[:2], generator=generator) / x.shape[1]
-        reduced = reduce_tokens(
-            stage_inputs(x, attention, keep_rate, sizes=sizes, stage=stage), "evit"
-        )
+        reduced = run_stage("evit", x, attention, keep_rate, sizes=sizes, index=stage)
         images = zip(expected, attention.tolist(), strict=True)
         expected = [evit_stage(tokens, weights, keep_rate) for tokens, weights in images]
         assert reduced.tokens.shape == (3, num_outputs[stage], 6)

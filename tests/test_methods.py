@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import build_tiny, draw_batch
 from stage_helpers import (
     assert_complete,
     assert_same_bits,
@@ -11,15 +12,16 @@ from stage_helpers import (
     draw_tokens,
     lone_tokens,
     merge_images,
-    stage_inputs,
+    run_stage,
 )
 
+from models import describe, find_keep_rate
 from models.reduction import (
     REDUCTIONS,
+    Reduction,
     bat_assignment,
     density_peaks,
     match_pairs,
-    reduce_tokens,
     token_budget,
 )
 
@@ -35,7 +37,7 @@ def test_registry_gives_complete_assignments(method):
         for keep_rate in (0.01, 0.25, 0.5, 0.8, 1.0):
             budget = token_budget(num_tokens, keep_rate)
             identity = method == "none" or budget.kept == num_tokens
-            assignment = REDUCTIONS[method].assign(stage_inputs(x, importance, keep_rate))
+            assignment = run_stage(method, x, importance, keep_rate).assignment
             if identity:
                 assert torch.equal(assignment, torch.arange(num_tokens).expand(2, -1))
                 assert assignment.dtype == torch.int64
@@ -65,10 +67,8 @@ def test_registry_names_and_trailing_clusters():
 def test_permuting_tokens_permutes_groups(method, tokens_kind):
     (x, importance), _ = draw_bat(4, 30, 8, tokens_kind, "distinct", 0.6, 0.4, 0.3)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    before = reduce_tokens(stage_inputs(x, importance, 0.6, match_ratio=0.3), method)
-    after = reduce_tokens(
-        stage_inputs(x[:, order], importance[:, order], 0.6, match_ratio=0.3), method
-    )
+    before = run_stage(method, x, importance, 0.6, match_ratio=0.3)
+    after = run_stage(method, x[:, order], importance[:, order], 0.6, match_ratio=0.3)
     assert torch.equal(after.assignment, before.assignment[:, order])
     torch.testing.assert_close(after.tokens, before.tokens, rtol=1e-5, atol=1e-5)
     assert torch.equal(after.sizes, before.sizes)
@@ -78,28 +78,20 @@ def test_permuting_tokens_permutes_groups(method, tokens_kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_groups_do_not_depend_on_the_batch(method, tokens_kind):
     (x, importance), _ = draw_stage(method, 6, 33, 16, tokens_kind, "ties", 0.4)
-    together = reduce_tokens(stage_inputs(x, importance, 0.4), method)
+    together = run_stage(method, x, importance, 0.4)
     for images in ([0], [3], [5, 1], [4, 4, 2, 0]):
-        alone = reduce_tokens(stage_inputs(x[images], importance[images], 0.4), method)
+        alone = run_stage(method, x[images], importance[images], 0.4)
         assert torch.equal(alone.assignment, together.assignment[images])
         torch.testing.assert_close(alone.tokens, together.tokens[images], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_groups_are_the_same_inside_autocast(method):
+def test_functions_of_a_stage_are_the_same_inside_autocast():
     (x, importance), expected = draw_bat(3, 40, 16, "shifted", "distinct", 0.4)
-    outside = reduce_tokens(stage_inputs(x, importance, 0.4), method)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = reduce_tokens(stage_inputs(x, importance, 0.4), method)
-        chosen = REDUCTIONS[method].assign(stage_inputs(x, importance, 0.4))
         assert torch.equal(bat_assignment(x, importance, 0.4), expected)
         clusters, groups = density_peaks(x, 13), match_pairs(x, 9)
     assert torch.equal(clusters, density_peaks(x, 13))
     assert torch.equal(groups, match_pairs(x, 9))
-    assert torch.equal(inside.assignment, outside.assignment)
-    assert torch.equal(chosen, outside.assignment)
-    assert inside.tokens.dtype == torch.float32
-    torch.testing.assert_close(inside.tokens, outside.tokens, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("merge_weights", ["importance", "mean"])
@@ -107,9 +99,8 @@ def test_groups_are_the_same_inside_autocast(method):
 def test_bat_stage_merges_by_importance(merge_weights, importance_kind):
     (x, importance), expected = draw_bat(3, 30, 8, "blobs", importance_kind, 0.5, 0.4, 0.4)
     sizes = torch.randint(1, 6, (3, 30)).float()
-    reduced = reduce_tokens(
-        stage_inputs(x, importance, 0.5, match_ratio=0.4, sizes=sizes, merge_weights=merge_weights),
-        "bat",
+    reduced = run_stage(
+        "bat", x, importance, 0.5, match_ratio=0.4, sizes=sizes, merge_weights=merge_weights
     )
     assert torch.equal(reduced.assignment, expected)
     weights = importance if merge_weights == "importance" else torch.ones_like(importance)
@@ -123,7 +114,7 @@ def test_bat_stage_merges_by_importance(merge_weights, importance_kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_identity_stages_return_their_input(method):
     x, importance = torch.randn(2, 12, 4), torch.rand(2, 12)
-    reduced = reduce_tokens(stage_inputs(x, importance, 1.0), method)
+    reduced = run_stage(method, x, importance, 1.0)
     assert_same_bits(reduced.tokens, x)
     assert torch.equal(reduced.sizes, torch.ones(2, 12))
     assert torch.equal(reduced.assignment, torch.arange(12).expand(2, -1))
@@ -136,7 +127,7 @@ def test_gradients_through_a_stage_are_finite(method, tokens_kind, importance_ki
     generator = torch.Generator().manual_seed(0)
     x = draw_tokens(tokens_kind, 20, 6, generator)[None].requires_grad_()
     importance = draw_importance(importance_kind, 20, generator)[None].requires_grad_()
-    reduced = reduce_tokens(stage_inputs(x, importance, 0.4, match_ratio=0.5), method)
+    reduced = run_stage(method, x, importance, 0.4, match_ratio=0.5)
     reduced.tokens.backward(torch.randn(reduced.tokens.shape, generator=generator))
     assert not reduced.assignment.requires_grad
     assert x.grad.isfinite().all()
@@ -155,11 +146,45 @@ def test_gradients_through_a_stage_are_finite(method, tokens_kind, importance_ki
 def test_low_precision_inputs_are_decided_in_float32(method):
     x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
     importance = torch.rand(2, 40, generator=torch.Generator().manual_seed(5)).bfloat16()
-    low = reduce_tokens(stage_inputs(x, importance), method)
-    full = reduce_tokens(stage_inputs(x.float(), importance.float()), method)
+    low = run_stage(method, x, importance)
+    full = run_stage(method, x.float(), importance.float())
     assert torch.equal(low.assignment, full.assignment)
+
+
+def test_a_method_of_ones_own_is_a_function_and_a_registry_line(monkeypatch):
+    def my_method(stage, budget):
+        position = torch.arange(stage.x.shape[1], device=stage.x.device)
+        return (position % budget.kept).expand(stage.x.shape[0], -1)
+
+    monkeypatch.setitem(REDUCTIONS, "mine", Reduction(my_method))
+    model = build_tiny(reduction="mine", keep_rate=0.5)
+    with torch.no_grad():
+        logits, assignments = model.forward_with_assignments(draw_batch(2, 3, 32, 32))
+    assert logits.shape == (2, 4)
+    assert assignments[1].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
+    assert "reduction mine" in describe(model) and find_keep_rate(model, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stage_hands_out_the_importance_and_the_weights_of_its_merge(method):
+    x, importance = torch.randn(2, 20, 4), torch.rand(2, 20)
+    sizes = torch.randint(1, 6, (2, 20)).float()
+    ones = torch.ones(2, 20)
+    for keep_rate, merge_weights in ((1.0, "importance"), (0.4, "importance"), (0.4, "mean")):
+        reduced = run_stage(method, x, importance, keep_rate, sizes, merge_weights=merge_weights)
+        assert torch.equal(reduced.importance, importance)
+        if method == "none" or keep_rate == 1.0:
+            assert torch.equal(reduced.weights, ones)
+            continue
+        by_importance = ones if merge_weights == "mean" else importance
+        fused = torch.where(reduced.assignment < 8, ones, importance)
+        own = {"dpcknn": ones, "tome": sizes, "evit": fused}
+        assert torch.equal(reduced.weights, own.get(method, by_importance))
+        num_outputs = reduced.tokens.shape[1]
+        merged = merge_images(x, reduced.weights, reduced.assignment, num_outputs, method != "evit")
+        torch.testing.assert_close(reduced.tokens, merged, rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_method_lists_the_choices():
     with pytest.raises(ValueError, match=r"tokens_of_doom.*bat"):
-        reduce_tokens(stage_inputs(torch.randn(1, 4, 2), torch.rand(1, 4)), "tokens_of_doom")
+        run_stage("tokens_of_doom", torch.randn(1, 4, 2), torch.rand(1, 4))

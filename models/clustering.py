@@ -1,4 +1,4 @@
-"""Clustering, matching and merging tokens: the arithmetic that the methods share.
+"""Clustering and matching tokens: the arithmetic that the methods share.
 
 Letters as in `models/reduction.py`. Everything is computed in float32 whatever the autocast type,
 with shapes that never depend on the data; equal values are ordered by index. Imports torch only.
@@ -16,27 +16,30 @@ SMALL_PRODUCT = 16  # rows up to which `inner_products` avoids the matrix produc
 
 @contextmanager
 def ieee_float32(device_type: str) -> Iterator[None]:
-    """Arithmetic in true float32: autocast off, and TF32 off as well in eager mode.
+    """Arithmetic in true float32: autocast off, and TF32 off as well on a GPU in eager mode.
 
-    A compiled or exported graph follows the process-wide `torch.set_float32_matmul_precision`: a
-    graph cannot switch a global setting. Its default ("highest") is what a stage needs.
+    No process-wide setting is touched on a CPU, nor in a compiled or exported graph, which cannot
+    switch one. There, true float32 is promised while torch's float32 precision is at its default:
+    a CPU with bfloat16 units rounds matrix products when
+    `torch.backends.mkldnn.matmul.fp32_precision` (or the setting above it) asks for less.
 
     Args:
         device_type: "cpu", "cuda", ...: whose autocast is switched off.
     """
-    graph = torch.compiler.is_compiling()
-    precision = "highest" if graph else torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    switched = device_type == "cuda" and not torch.compiler.is_compiling()
+    matmul = torch.backends.cuda.matmul
+    if switched:
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if autocast:
             with torch.autocast(device_type, enabled=False):
                 yield
         else:
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        if switched:
+            matmul.fp32_precision = precision
 
 
 def matmul_float32(left: Tensor, right: Tensor) -> Tensor:
@@ -203,75 +206,3 @@ def match_pairs(x: Tensor, num_pairs: int) -> Tensor:
     stays = torch.ones_like(position, dtype=torch.bool).scatter(1, 2 * source, False)
     rank = stays.cumsum(dim=-1) - 1  # (B, A) groups numbered by the tokens that stay
     return rank.scatter(1, 2 * source, rank.gather(1, target))
-
-
-def group_matrix(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
-    """The matrix that sums tokens over groups, each token times its value.
-
-    Args:
-        values: (B, N) one number per token.
-        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for none.
-        num_groups: groups K.
-
-    Returns:
-        (B, K, N) the value of token n in the row of its group, 0 elsewhere.
-    """
-    batch, num_tokens = assignment.shape
-    row = torch.where(assignment < 0, num_groups, assignment)  # dropped tokens: an extra row
-    matrix = values.new_zeros(batch, num_groups + 1, num_tokens)
-    return matrix.scatter_(1, row.unsqueeze(1), values.unsqueeze(1))[:, :num_groups]
-
-
-def group_sums(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
-    """Sums one number per token over every group, always in the order of the tokens.
-
-    Args:
-        values: (B, N) numbers.
-        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for none.
-        num_groups: groups K.
-
-    Returns:
-        (B, K) the sums; 0 for an empty group.
-    """
-    return group_matrix(values, assignment, num_groups).sum(dim=-1)
-
-
-def merge_tokens(
-    x: Tensor, weights: Tensor, assignment: Tensor, num_groups: int, normalize: bool = True
-) -> Tensor:
-    """Turns every group into one token: the weighted mean (or sum) of its members.
-
-    One matrix product with W (B, K, N) instead of a scatter: deterministic on every device. A token
-    alone in its group passes through bit for bit; dropped tokens contribute nothing. Gradients flow
-    through x and the weights.
-
-    Args:
-        x: (B, N, D) tokens.
-        weights: (B, N) non-negative weights; a group whose weights sum to 0 takes the plain mean.
-        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for a dropped token.
-        num_groups: output tokens K.
-        normalize: False gives the weighted sum, with no special case for a sum of 0.
-
-    Returns:
-        (B, K, D) output tokens in the dtype of x; an empty group is 0.
-    """
-    weights = weights.float()
-    token_group = assignment.clamp(min=0)  # a dropped token's is never used
-    count = group_sums(torch.ones_like(weights), assignment, num_groups)  # (B, K)
-    if normalize:
-        total = group_sums(weights, assignment, num_groups).gather(1, token_group)  # (B, N)
-        equal_share = 1 / count.gather(1, token_group).clamp(min=1)
-        share = weights / torch.where(total == 0, 1.0, total)
-        weights = torch.where(total == 0, equal_share, share)
-    matrix = group_matrix(weights, assignment, num_groups)
-    merged = matmul_float32(matrix, x).to(x.dtype)  # (B, K, D)
-
-    # The last member of each group: the only one where it is used, so the order of writes is moot.
-    position = torch.arange(x.shape[1], device=x.device).expand_as(assignment)
-    bins = torch.where(assignment < 0, num_groups, assignment)
-    last = assignment.new_zeros(x.shape[0], num_groups + 1).scatter(1, bins, position)
-    last = last[:, :num_groups]  # (B, K)
-    lone = gather_tokens(x, last)  # (B, K, D)
-    if not normalize:
-        lone = (lone * weights.gather(1, last).unsqueeze(-1)).to(x.dtype)
-    return torch.where((count == 1).unsqueeze(-1), lone, merged)
