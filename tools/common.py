@@ -146,8 +146,3 @@ def block_outputs(model: BATVisionTransformer) -> Iterator[list[Tensor | Reduced
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Writes a CSV file; floats keep all their digits."""
     write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
-
-
-def say_written(stem: Path, *suffixes: str) -> None:
-    """Says on one line which files a tool wrote: a stem with each of the suffixes."""
-    logger.info(f"wrote {', '.join(str(stem.with_name(stem.name + each)) for each in suffixes)}")

@@ -24,7 +24,7 @@ from models import REDUCTIONS, BATVisionTransformer
 from models.reduction import ReducedTokens
 from tools import common
 from tools.figures import below_figure, method_style, new_figure, save_figure, styled
-from utils import InputError, check_writable, setup_logging
+from utils import InputError, check_writable, logger, setup_logging
 
 TINY = 1e-30  # keeps 0 / 0 at 0
 HELP = """Measures the patch tokens X (one a row) that leave each block: the relative distance to
@@ -242,9 +242,8 @@ def get_args_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
     device = common.find_device(args)
-    model = common.load_model(
-        Namespace(**vars(args) | {"reduction": None}), args.checkpoint, device
-    )
+    own = Namespace(**vars(args) | {"reduction": None})
+    model = common.load_model(own, args.checkpoint, device)
     dataset, _ = build_dataset(False, args, model.patch_embed.img_size)
     stem = check_writable(args.output_dir) / "diversity"
     count = min(args.num_images, len(dataset))
@@ -254,7 +253,7 @@ def run(args: Namespace) -> int:
     table = measure_methods(model, args.reduction, (images for images, _ in batches))
     common.write_table(table, stem.with_name("diversity.csv"))
     save_figure(plot_diversity(table), stem)
-    common.say_written(stem, ".csv", ".png", ".pdf")
+    logger.info(f"wrote diversity.csv, .png and .pdf to {args.output_dir}")
     return common.report_bad_images(dataset, bad, count)
 
 

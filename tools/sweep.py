@@ -429,13 +429,15 @@ def write_sweep(folder: Path, rows: list[dict], comparisons: list[dict], setting
     }
     (folder / "sweep.json").write_text(json.dumps(whole, indent=2) + "\n")
     (folder / "comparisons.csv").unlink(missing_ok=True)  # an earlier sweep's
+    written = "sweep.csv, .json, .png and .pdf"
     if comparisons:
         common.write_table(pd.DataFrame(comparisons), folder / "comparisons.csv")
+        written += ", comparisons.csv"
     save_figure(plot_accuracy(rows), folder / "sweep")
     shown = table.drop(columns=["num_images", "bad_images"])
     digits = {"acc1": 3, "acc5": 3, "loss": 4, "gmacs": 4, "images_per_second": 1}
     logger.info(shown.round(digits).to_string(index=False))
-    common.say_written(folder / "sweep", ".csv", ".json", ".png", ".pdf")
+    logger.info(f"wrote {written} to {folder}")
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -469,13 +471,8 @@ def get_args_parser() -> ArgumentParser:
         "checkpoints best:bat@0.5; may be given again",
     )  # fmt: skip
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
-    add(
-        "--save-every",
-        type=common.at_least_one,
-        default=20,
-        metavar="N",
-        help="batches between savings",
-    )
+    add("--save-every", type=common.at_least_one, default=20, metavar="N",
+        help="batches between savings")  # fmt: skip
     add("--restart", action="store_true", help="replace an earlier sweep")
     return parser
 
@@ -517,9 +514,7 @@ def run(args: Namespace) -> int:
     counts = len(configurations), len(dataset)
     predictions = open_predictions(path, settings, *counts, restart=args.restart)
     num_done = int(predictions["num_done"])
-    logger.info(
-        f"{counts[0]} configurations on {counts[1]} images, {num_done} of them done earlier"
-    )
+    logger.info(f"{counts[0]} configurations on {counts[1]} images, {num_done} done earlier")
     # The pass over the data.
     loader = DataLoader(
         dataset,
@@ -561,7 +556,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as problem:
         parser.error(str(problem))
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from there", file=sys.stderr)
+        command = "this command without --restart" if args.restart else "the same command"
+        print(f"{parser.prog}: interrupted; {command} goes on from there", file=sys.stderr)
         return 130
 
 

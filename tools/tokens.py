@@ -28,7 +28,7 @@ from models.reduction import ReducedTokens, group_sums
 from models.trace import PatchKind, trace_patches
 from tools import common
 from tools.figures import new_figure, save_figure, styled
-from utils import InputError, check_writable, setup_logging
+from utils import InputError, check_writable, logger, setup_logging
 
 HELP = """Says for every patch of every image what became of it. tokens.csv has a row a patch, with
 lost_at, the first stage (from 1) after which no token stands for the patch alone, and for each
@@ -221,13 +221,11 @@ def run(args: Namespace) -> int:
     )
     stem = check_writable(args.output_dir) / "tokens"
     sums, bad = 0, []
+    batches = common.readable_batches(dataset, range(len(files)), args, device=device, bad=bad)
     partial = stem.with_name("tokens.csv.partial")
     try:
         with open(partial, "w", newline="", encoding="utf-8") as file:
-            indices = range(len(files))
-            for images, good in common.readable_batches(
-                dataset, indices, args, device=device, bad=bad
-            ):
+            for images, good in batches:
                 table = follow_patches(model, images, [names[index] for index in good])
                 table.to_csv(file, index=False, header=file.tell() == 0)
                 sums = sums + sum_patches(table, len(model.reduction_loc))
@@ -238,7 +236,7 @@ def run(args: Namespace) -> int:
     maps = means.to_numpy(float).T.reshape(-1, *model.patch_embed.grid_size)
     figure = plot_patches(maps[:-1], maps[-1], model.reduction_loc, len(files) - len(bad))
     save_figure(figure, stem)
-    common.say_written(stem, ".csv", ".png", ".pdf")
+    logger.info(f"wrote tokens.csv, .png and .pdf to {args.output_dir}")
     return common.report_bad_images(dataset, bad, len(files))
 
 
