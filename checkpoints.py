@@ -124,11 +124,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 
 def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
-    """Path and contents of the checkpoint that the run starts from; "" and {} for none.
-
-    Raises:
-        InputError: the checkpoint cannot be read.
-    """
+    """Path and contents of the checkpoint that the run starts from; "" and {} for none."""
     if args.resume == "auto":
         found = latest_checkpoint(Path(args.output_dir)) if args.output_dir else None
         if found is not None:
@@ -143,12 +139,7 @@ def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
 def model_weights(checkpoint: Mapping, *, ema: bool = False) -> dict[str, Tensor]:
     """The state dict inside a checkpoint, without a DistributedDataParallel prefix.
 
-    Args:
-        checkpoint: as `load_checkpoint` returns it.
-        ema: take the exponential moving average of the weights.
-
-    Raises:
-        InputError: there is no such state dict.
+    `ema` takes the exponential moving average; `InputError` where there is no such state dict.
     """
     key = "model_ema" if ema else "model"
     weights = checkpoint.get(key, None if ema else checkpoint.get("state_dict", checkpoint))
@@ -160,15 +151,7 @@ def model_weights(checkpoint: Mapping, *, ema: bool = False) -> dict[str, Tensor
 
 
 def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
-    """Creates a model by its registered name.
-
-    Args:
-        model_args: keywords of `timm.create_model`, `model_name` among them.
-        reducing: refuse a model that does not reduce its tokens.
-
-    Raises:
-        InputError: the name is unknown or not a reducing model, or a keyword does not fit.
-    """
+    """`timm.create_model(**model_args)`; what does not fit or (`reducing`) reduce: `InputError`."""
     name = model_args["model_name"]
     own = ", ".join(timm.list_models(module="bat"))
     if not timm.is_model(name):
@@ -177,11 +160,16 @@ def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
         model = timm.create_model(**model_args)
     except (TypeError, ValueError, AssertionError) as problem:
         raise InputError(f"cannot build {name}: {problem}") from problem
-    if reducing and not isinstance(model, BATVisionTransformer):
+    if not reducing:
+        return model
+    if not isinstance(model, BATVisionTransformer):
         raise InputError(
             f"'{name}' does not reduce tokens; choose from {own} "
             "(with --reduction none they are plain DeiT)"
         )
+    if 0 in model.patch_embed.grid_size:
+        size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+        raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
     return model
 
 
@@ -309,9 +297,7 @@ def _listed(names: list[str]) -> str:
 # Resuming ---------------------------------------------------------------------------------------
 
 
-def restore(
-    state: TrainState, checkpoint: Mapping, source: str, args: argparse.Namespace
-) -> None:
+def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.Namespace) -> None:
     """Continues an interrupted run: everything but the weights, which the model has already.
 
     Where the batch or the number of processes differs from the interrupted run's, the epoch goes on
@@ -378,24 +364,13 @@ class CheckpointSchedule:
     """Says after which updates a checkpoint is due, beside the end of every epoch."""
 
     def __init__(self, interval: str) -> None:
-        """Reads the interval.
-
-        Args:
-            interval: "500": every 500 updates; "10m": every 10 minutes; "0": never.
-
-        Raises:
-            InputError: it is neither.
-        """
-        number = interval.removesuffix("m")
-        try:
-            self.interval = float(number) if interval.endswith("m") else int(number)
-        except ValueError:
-            self.interval = -1
-        if not self.interval >= 0:
+        """Reads "500" (every 500 updates), "10m" (every 10 minutes) or "0" (never)."""
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?m", interval):
             raise InputError(
                 f"--checkpoint-interval must be updates (500) or minutes (10m), got '{interval}'"
             )
         self.in_minutes = interval.endswith("m")
+        self.interval = float(interval.removesuffix("m"))
         self.last = time.monotonic()
 
     def due(self, updates: int, device: torch.device) -> bool:
@@ -422,20 +397,9 @@ class RunFolder:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        args: argparse.Namespace,
-        model_args: dict,
-        classes: list[str],
+        self, folder: Path, args: argparse.Namespace, model_args: dict, classes: list[str]
     ) -> None:
-        """Prepares an existing folder.
-
-        Args:
-            folder: where everything goes.
-            args: the arguments as typed; reads keep_checkpoints.
-            model_args: keywords of `timm.create_model` that rebuild the model.
-            classes: class names by index.
-        """
+        """Prepares an existing folder; args are kept as typed, model_args rebuild the model."""
         self.folder = folder
         self.keep_checkpoints = args.keep_checkpoints
         self.about = {
@@ -510,7 +474,10 @@ class RunFolder:
 
         The ones before it stay as checkpoint.1.pth (the newest of them), checkpoint.2.pth, ...
         """
-        names = ["checkpoint.pth", *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints))]
+        names = [
+            "checkpoint.pth",
+            *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)),
+        ]
         newest, *older = [self.folder / name for name in names]
         pending = self.folder / "checkpoint.pending.pth"
         self._write(state.state_dict(), pending)

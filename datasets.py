@@ -10,20 +10,21 @@ Modifications of https://github.com/facebookresearch/deit (`datasets.py`):
 
 import hashlib
 import random
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from torchvision import datasets, transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, VisionDataset
 
 from inputs.demo import is_demo, make_demo
 from inputs.images import (
@@ -32,6 +33,7 @@ from inputs.images import (
     ResizeToCover,
     ToNormalizedTensor,
     allow_posterize_to_black,
+    cover_and_crop,
     image_size,
     is_small_input,
     load_image,
@@ -39,10 +41,6 @@ from inputs.images import (
 from inputs.inaturalist import build_inaturalist
 from samplers import SampleKey
 from utils import InputError
-
-
-DATA_SETS = ("IMNET", "CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19", "DEMO")
-BAD_IMAGE_POLICIES = ("error", "skip")
 
 # How many other samples a bad training image tries before the run gives up.
 MAX_REPLACEMENTS = 100
@@ -58,19 +56,18 @@ def _hash(*fields: int) -> int:
 def _random_states(seed: int) -> Iterator[None]:
     """Seeds the three CPU generators for the body, then puts their states back.
 
-    A loader's worker has no states that anybody needs. CUDA's generators stay untouched
-    (`torch.manual_seed` would seed them too).
+    CUDA's generators stay untouched (`torch.manual_seed` would seed them too). In a data loader's
+    worker process nobody needs the old states.
     """
-    states = None
-    if get_worker_info() is None:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    in_worker = get_worker_info() is not None
+    states = in_worker or (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        if states is not None:
+        if not in_worker:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
@@ -79,9 +76,9 @@ def _random_states(seed: int) -> Iterator[None]:
 class SampleDataset(Dataset):
     """Wraps a torchvision data set so that a key alone decides the sample.
 
-    With a `SampleKey` the three CPU random generators are seeded from (seed, epoch, index,
-    repetition) around the transform, so an image is the same with any number of workers, in any
-    order and after a resume. A plain index is evaluation, whose transform draws nothing.
+    With a `SampleKey` the CPU's random generators are seeded from (seed, epoch, index, repetition)
+    around the transform: an image is the same with any number of data loader worker processes, in
+    any order and after a resume. A plain index is evaluation, whose transform draws nothing.
 
     Attributes:
         classes: class names; the target is an index into them.
@@ -90,11 +87,9 @@ class SampleDataset(Dataset):
 
     def __init__(
         self,
-        source: Dataset,
+        source: VisionDataset,
         transform: Callable[[Image.Image], Tensor],
         *,
-        targets: Sequence[int],
-        classes: Sequence[str],
         image_size: tuple[int, int],
         seed: int = 0,
         bad_images: str = "error",
@@ -102,22 +97,20 @@ class SampleDataset(Dataset):
         """Wraps `source`.
 
         Args:
-            source: source[index] gives (RGB image, target) or raises `BadImageError`.
+            source: source[index] gives (RGB image, target) or raises `BadImageError`; it also has
+                the targets of all samples and the names of the classes.
             transform: from an RGB image to a (3, H, W) float32 tensor.
-            targets: target of each sample.
-            classes: class names.
             image_size: (H, W) of the transform's output.
-            seed: of the run.
+            seed: the run's random seed.
             bad_images: "error" raises `BadImageError`; "skip" puts another sample in the place of
                 a bad one in training, and a zero image with the right target in evaluation.
         """
-        if bad_images not in BAD_IMAGE_POLICIES:
-            choices = ", ".join(BAD_IMAGE_POLICIES)
-            raise InputError(f"bad_images is {bad_images!r}, allowed: {choices}")
+        if bad_images not in ("error", "skip"):
+            raise InputError(f"bad_images is {bad_images!r}, allowed: error, skip")
         self.source = source
         self.transform = transform
-        self.targets = np.asarray(targets, dtype=np.int64)
-        self.classes = list(classes)
+        self.targets = np.asarray(source.targets, dtype=np.int64)
+        self.classes = list(source.classes)
         self.image_size = image_size
         self.seed = seed
         self.bad_images = bad_images
@@ -126,14 +119,10 @@ class SampleDataset(Dataset):
         return len(self.targets)
 
     def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, int, int]:
-        """Reads one sample.
+        """(3, H, W) float32 normalised image; target; 1 if this key's image cannot be read, else 0.
 
         Args:
             key: a `SampleKey` in training, an index in evaluation.
-
-        Returns:
-            The image, (3, H, W) float32, normalised; its target; and 1 if the image of this key
-            could not be read, else 0.
         """
         training = isinstance(key, SampleKey)
         key = key if training else SampleKey(int(key), 0, 0)
@@ -152,41 +141,30 @@ class SampleDataset(Dataset):
             return self.transform(image), int(target), is_bad
 
     def _replacement(self, key: SampleKey, error: BadImageError) -> tuple[Image.Image, int]:
-        """Another readable sample; which one depends on the seed and the key alone."""
+        """Another readable sample; which one depends on the random seed and the key alone."""
         for attempt in range(MAX_REPLACEMENTS):
             fields = (self.seed, key.epoch, key.index, key.repetition, attempt)
-            try:
+            with suppress(BadImageError):
                 return self.source[_hash(*fields) % len(self)]
-            except BadImageError:
-                continue
         text = f"{error}; and {MAX_REPLACEMENTS} samples drawn in its place cannot be read either"
         raise BadImageError(text) from error
 
 
 def check_same_classes(train_dataset: SampleDataset, val_dataset: SampleDataset) -> None:
-    """Raises `InputError` naming the classes that only one of the two data sets has.
-
-    Args:
-        train_dataset: to train on.
-        val_dataset: to evaluate on.
-    """
-    train, val = train_dataset.classes, val_dataset.classes
-    if train == val:
+    """Raises `InputError` naming the classes that only one of the two data sets has."""
+    if train_dataset.classes == val_dataset.classes:
         return
+    train, val = set(train_dataset.classes), set(val_dataset.classes)
     differences = [
-        f"only in {name}: {_listing([c for c in ours if c not in set(theirs)])}"
-        for name, ours, theirs in (("train", train, val), ("val", val, train))
-        if set(ours) - set(theirs)
+        f"only in {name}: {textwrap.shorten(', '.join(sorted(names)), 100)}"
+        for name, names in (("train", train - val), ("val", val - train))
+        if names
     ]
-    raise InputError(
-        "train and val have different classes; " + ("; ".join(differences) or "another order")
-    )
+    reason = "; ".join(differences) or "another order"
+    raise InputError(f"train and val have different classes; {reason}")
 
 
-def _listing(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+# Transforms -------------------------------------------------------------------------------------
 
 
 def build_transform(
@@ -194,111 +172,95 @@ def build_transform(
 ) -> transforms.Compose:
     """Builds DeiT's transform for training or evaluation.
 
-    Training is timm's `create_transform`: random resized crop, flip, colour jitter or
-    auto-augment, normalisation, random erasing. Evaluation makes the image cover
-    (int(H / eval_crop_ratio), int(W / eval_crop_ratio)) by an antialiased bicubic resize that
-    keeps the aspect ratio (for H = W, the short side becomes int(H / eval_crop_ratio)), then crops
-    (H, W) from the centre. Inputs of at most 32 x 32 follow DeiT's rule for CIFAR: train on random
-    crops of the image padded by 4, evaluate on the whole of it; images of another size are resized
-    to cover the input first. `src` (simple random crop) asks for such training crops at any size.
+    Training is timm's `create_transform`. Evaluation resizes the image (bicubic, antialiased) so
+    that it covers (H, W) / eval_crop_ratio, then crops (H, W) from its centre. Inputs of at most
+    32 x 32 follow DeiT's rule for CIFAR: train on random crops of the padded image, evaluate on the
+    whole of it; images of another size are resized to cover the input first. `src` (simple random
+    crop) asks for such training crops at any size.
 
     Args:
         is_train: for training or for evaluation.
-        args: reads input_size (a number or (H, W)); for training src, color_jitter,
-            aa, train_interpolation, reprob, remode, recount; for evaluation eval_crop_ratio.
+        args: for training reads src, color_jitter, aa, train_interpolation, reprob, remode and
+            recount; for evaluation eval_crop_ratio.
+        input_size: (H, W) of the result, or one number for both.
 
     Returns:
-        A transform from an RGB image to a (3, H, W) float32 tensor with ImageNet's normalisation.
+        From an RGB image to a (3, H, W) float32 tensor, normalised as for ImageNet.
     """
     rows, cols = image_size(input_size)
-    to_tensor = ToNormalizedTensor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     is_small = is_small_input(input_size)
     if is_train:
         transform = _train_transform((rows, cols), args)
         if is_small or args.src:
-            cover = ResizeToCover((rows, cols))
             crop = transforms.RandomCrop((rows, cols), padding=CROP_PADDING)
-            transform.transforms[:1] = [cover, crop]
-        kinds = [type(step).__name__ for step in transform.transforms]
-        first = kinds.index("Normalize") - 1  # timm's pair: to a tensor, then normalised
-        transform.transforms[first : first + 2] = [to_tensor]
+            transform.transforms[:1] = [ResizeToCover((rows, cols)), crop]
         return transform
     ratio = 1.0 if is_small else args.eval_crop_ratio
     if not 0 < ratio <= 1:
         raise InputError(f"eval_crop_ratio is {ratio}, allowed: above 0, up to 1")
-    return transforms.Compose(
-        [
-            ResizeToCover((int(rows / ratio), int(cols / ratio))),
-            transforms.CenterCrop((rows, cols)),
-            to_tensor,
-        ]
-    )
+    return transforms.Compose([*cover_and_crop((rows, cols), ratio), ToNormalizedTensor()])
 
 
-def _train_transform(image_size: tuple[int, int], args: Namespace) -> transforms.Compose:
+def _train_transform(size: tuple[int, int], args: Namespace) -> transforms.Compose:
     """timm's training transform, with its assertions turned into `InputError`."""
-    auto_augment = None if args.aa in (None, "", "none") else args.aa
     try:
         transform = create_transform(
-            input_size=image_size,
+            input_size=size,
             is_training=True,
             color_jitter=args.color_jitter,
-            auto_augment=auto_augment,
+            auto_augment=None if args.aa in (None, "", "none") else args.aa,
             interpolation=args.train_interpolation,
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        options = f"aa={args.aa!r}, train_interpolation={args.train_interpolation!r}"
         raise InputError(
-            f"timm refuses the augmentation {options}, remode={args.remode!r} "
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
+            f"timm refuses the augmentation aa={args.aa!r}, remode={args.remode!r}, "
+            f"train_interpolation={args.train_interpolation!r}: {type(error).__name__} "
+            + textwrap.shorten(str(error), 300)
         ) from error
     allow_posterize_to_black(transform)
+    steps = transform.transforms
+    normalize = [type(step) for step in steps].index(transforms.Normalize)
+    steps[normalize - 1 : normalize + 1] = [ToNormalizedTensor()]  # timm's two steps in one
     return transform
 
 
-def _image_folder(root: Path, split: str) -> datasets.ImageFolder:
-    """ImageFolder of root/split, after checks that say what is missing."""
-    folder = root / split
-    if not folder.is_dir():
-        raise InputError(
-            f"no folder {split}/ in {root}: expected {split}/CLASS/IMAGE "
-            "(training needs train/ and val/, evaluation needs val/ only)"
-        )
-    if not any(entry.is_dir() for entry in folder.iterdir()):
-        raise InputError(f"no class folder in {folder}: expected {split}/CLASS/IMAGE")
-    source = datasets.ImageFolder(folder, loader=load_image, allow_empty=True)
-    filled = set(source.targets)
-    empty = [name for name, target in source.class_to_idx.items() if target not in filled]
-    if empty:
-        raise InputError(
-            f"no image in class folder {_listing(empty)} of {folder} "
-            f"(extensions: {' '.join(IMG_EXTENSIONS)})"
-        )
-    return source
+# Data sets --------------------------------------------------------------------------------------
 
 
-def _torchvision_source(is_train: bool, root: Path, args: Namespace) -> Dataset:
-    """The torchvision data set that `args` names; what it raises becomes an `InputError`."""
+def _image_folder(root: Path, is_train: bool, args: Namespace) -> ImageFolder:
+    split = "train" if is_train else "val"
     try:
-        if args.data_set == "CIFAR10":
-            return datasets.CIFAR10(root, train=is_train, download=args.download)
-        if args.data_set in ("CIFAR100", "CIFAR"):
-            return datasets.CIFAR100(root, train=is_train, download=args.download)
-        year = "2018" if args.data_set == "INAT" else "2019"
-        return build_inaturalist(root, is_train, year, args)
-    except InputError:
-        raise
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        folder = {"CIFAR10": "cifar-10-batches-py", "INAT": "2018", "INAT19": "2019"}
-        expected = root / folder.get(args.data_set, "cifar-100-python")
-        advice = "try again later" if args.download else "--download fetches it"
+        return ImageFolder(root / split, loader=load_image)
+    except OSError as error:
         raise InputError(
-            f"cannot read {args.data_set}, expected in {expected} ({advice}): "
-            f"{' '.join(str(error).split())}"
+            f"no images in {root / split}: expected {split}/CLASS/IMAGE (training needs train/ and "
+            f"val/, evaluation val/ only): {textwrap.shorten(str(error), 300)}"
         ) from error
+
+
+def _demo(root: Path, is_train: bool, args: Namespace) -> ImageFolder:
+    if not is_demo(root):
+        make_demo(root)
+    return _image_folder(root, is_train, args)
+
+
+def _cifar(source: type[CIFAR10], root: Path, is_train: bool, args: Namespace) -> CIFAR10:
+    return source(root, train=is_train, download=args.download)
+
+
+# Each makes torchvision's data set of (root, is_train, args).
+DATA_SETS: dict[str, Callable[[Path, bool, Namespace], VisionDataset]] = {
+    "IMNET": _image_folder,
+    "CIFAR10": partial(_cifar, CIFAR10),
+    "CIFAR100": partial(_cifar, CIFAR100),
+    "CIFAR": partial(_cifar, CIFAR100),
+    "INAT": partial(build_inaturalist, "2018"),
+    "INAT19": partial(build_inaturalist, "2019"),
+    "DEMO": _demo,
+}
 
 
 def build_dataset(
@@ -306,12 +268,13 @@ def build_dataset(
 ) -> tuple[SampleDataset, int]:
     """Builds the training or the validation set.
 
-    With several processes, let one call this first when something may be downloaded.
+    Several processes call it in turns (`utils.in_turns`), since it may download or draw the images.
 
     Args:
         is_train: training or validation split, and transform.
         args: reads data_set (one of `DATA_SETS`), data_path, seed, bad_images, download,
             inat_category and what `build_transform` reads.
+        input_size: (H, W) of the images, or one number for both.
 
     Returns:
         The data set and its number of classes.
@@ -320,20 +283,20 @@ def build_dataset(
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
     transform = build_transform(is_train, args, input_size)
-    if args.data_set == "DEMO" and not is_demo(root):
-        make_demo(root)
-    downloads = args.download and args.data_set not in ("IMNET", "DEMO")
-    if not root.is_dir() and not downloads:
+    may_be_made = args.data_set == "DEMO" or (args.download and args.data_set != "IMNET")
+    if not root.is_dir() and not may_be_made:
         raise InputError(f"data path {root} does not exist or is not a folder")
-    if args.data_set in ("IMNET", "DEMO"):
-        source = _image_folder(root, "train" if is_train else "val")
-    else:
-        source = _torchvision_source(is_train, root, args)
+    try:
+        source = DATA_SETS[args.data_set](root, is_train, args)
+    except InputError:
+        raise
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        advice = "try again later" if args.download else "--download fetches it"
+        reason = textwrap.shorten(str(error), 300)
+        raise InputError(f"cannot read {args.data_set} in {root} ({advice}): {reason}") from error
     dataset = SampleDataset(
         source,
         transform,
-        targets=source.targets,
-        classes=source.classes,
         image_size=image_size(input_size),
         seed=args.seed,
         bad_images=args.bad_images,

@@ -153,8 +153,8 @@ def num_training_steps(num_batches: int, accum_steps: int) -> int:
     return max(accum_steps, num_batches // accum_steps * accum_steps) if num_batches else 0
 
 
-def _autocast(device: torch.device, amp_dtype: torch.dtype | None):
-    return torch.autocast(device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
+def _autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
 
 
 def train_one_epoch(
@@ -204,15 +204,15 @@ def train_one_epoch(
     _shrink(state, options, max(0, state.step - 1), num_steps)  # resumed: as the last step left it
     for _ in range(state.step, num_steps, options.accum_steps):
         loss_sum, stopping = 0.0, False
-        for accumulated, batch in enumerate(islice(batches, options.accum_steps), 1):
+        for index, batch in enumerate(islice(batches, options.accum_steps)):
             # Load
-            seed_everything(options.seed, get_rank(), state.epoch, state.step)
-            _shrink(state, options, state.step, num_steps)
+            seed_everything(options.seed, get_rank(), state.epoch, state.step + index)
+            _shrink(state, options, state.step + index, num_steps)
             images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
             if mixup is not None:
                 images, targets = mixup(images, targets)
-            # Forward and backward; the gradients of all processes are added up with the last batch
-            waits = isinstance(model, DistributedDataParallel) and accumulated < options.accum_steps
+            # Forward and backward; gradients are shared among processes with the last batch
+            waits = isinstance(model, DistributedDataParallel) and index + 1 < options.accum_steps
             with model.no_sync() if waits else nullcontext():
                 with _autocast(device, options.amp_dtype):
                     loss = criterion(images, model(images), targets)
@@ -224,9 +224,9 @@ def train_one_epoch(
             _check_finite("loss", loss_sum, state, metrics)
             metrics.update(bad_images=num_bad)
             stopping |= num_stops > 0
-            state.step += 1
         # Update
         _update(state, metrics, options.clip_grad)
+        state.step += options.accum_steps
         # Log
         metrics.update(loss=loss_sum / options.accum_steps)
         metrics.update(lr=state.optimizer.param_groups[0]["lr"])

@@ -29,21 +29,18 @@ class DistillationLoss(nn.Module):
                 cross-entropy to the teacher's decision.
             alpha: weight of the distillation term, in [0, 1].
             tau: temperature of the soft distillation, > 0.
-
-        Raises:
-            ValueError: an argument is outside its range, or the teacher is missing.
         """
         super().__init__()
         if distillation_type not in ("none", "soft", "hard"):
             raise ValueError(
-                f"distillation_type must be none, soft or hard, got '{distillation_type}'"
+                f"distillation_type is {distillation_type!r}, allowed: none, soft, hard"
             )
         if distillation_type != "none" and teacher_model is None:
-            raise ValueError(f"distillation_type '{distillation_type}' needs a teacher_model")
+            raise ValueError(f"distillation_type {distillation_type!r} needs a teacher_model")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+            raise ValueError(f"alpha is {alpha}, allowed: 0 to 1")
         if tau <= 0:
-            raise ValueError(f"tau must be above 0, got {tau}")
+            raise ValueError(f"tau is {tau}, allowed: above 0")
         self.base_criterion = base_criterion
         self.teacher_model = teacher_model
         if teacher_model is not None:
@@ -74,16 +71,10 @@ class DistillationLoss(nn.Module):
         if self.distillation_type == "hard":
             distillation = F.cross_entropy(distilled, teacher_logits.argmax(dim=1))
         else:
-            # As in DeiT (after Hinton et al.): summed over classes and averaged over all elements
-            # of the batch, times tau^2 so that gradients keep their size.
-            distillation = (
-                F.kl_div(
-                    F.log_softmax(distilled / self.tau, dim=1),
-                    F.log_softmax(teacher_logits / self.tau, dim=1),
-                    reduction="sum",
-                    log_target=True,
-                )
-                * self.tau**2
-                / distilled.numel()
+            # As in DeiT: the mean over all elements, times tau^2 so that gradients keep their size.
+            student, teacher = (
+                F.log_softmax(logits / self.tau, dim=1) for logits in (distilled, teacher_logits)
             )
+            divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+            distillation = divergence * self.tau**2 / distilled.numel()
         return base_loss * (1 - self.alpha) + distillation * self.alpha

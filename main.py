@@ -255,8 +255,10 @@ def build_state(
     return TrainState(model, optimizer, scheduler, scaler, ema)
 
 
-def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...], amp: str) -> TrainOptions:
-    """How to run the steps; fine-tuning keeps dropout and stochastic depth off, as in DeiT."""
+def train_options(
+    args: argparse.Namespace, keep_rates: tuple[float, ...], device: torch.device
+) -> TrainOptions:
+    """How to run the steps; fine-tuning keeps dropout and stochastic depth off, as DeiT does."""
     shrink = partial(
         shrunk_keep_rate,
         keep_rates=keep_rates,
@@ -264,7 +266,7 @@ def train_options(args: argparse.Namespace, keep_rates: tuple[float, ...], amp: 
         shrink_epochs=args.shrink_epochs,
     )
     return TrainOptions(
-        amp_dtype=AMP_DTYPES[amp],
+        amp_dtype=AMP_DTYPES[find_amp(args.amp, device)],
         accum_steps=args.accum_steps,
         clip_grad=args.clip_grad,
         print_freq=args.print_freq,
@@ -366,11 +368,13 @@ def train(
         DivergenceError: the loss or the gradient is not finite.
         PreemptedError: a signal asked the run to stop; a checkpoint has been written.
     """
-    options = train_options(args, state.model.keep_rates, find_amp(args.amp, device))
+    options = train_options(args, state.model.keep_rates, device)
     model = wrap_model(state.model, device, compiled=args.compile)
     mixup = build_mixup(args, state.model.num_classes)
     stop_requested = StopRequest()
     schedule = CheckpointSchedule(args.checkpoint_interval)
+    sampler = train_loader.sampler
+    num_steps = num_training_steps(sampler.epoch_length // args.batch_size, args.accum_steps)
 
     def save(state: TrainState) -> None:
         barrier(device)  # no process is behind the checkpoint, and none runs ahead of it
@@ -386,17 +390,25 @@ def train(
     try:
         for epoch in range(state.epoch, args.epochs):
             # Train
-            entry = train_and_time(
+            first_step, epoch_begin = state.step, time.time()
+            sampler.set_epoch(epoch, start=first_step * args.batch_size)
+            result = train_one_epoch(
                 state,
                 model,
                 criterion,
                 train_loader,
                 device=device,
+                num_steps=num_steps,
                 options=options,
                 mixup=mixup,
                 after_update=save_if_due,
                 stop_requested=stop_requested,
             )
+            seconds = time.time() - epoch_begin
+            images = (num_steps - first_step) * args.batch_size * get_world_size()
+            entry = {"epoch": epoch, **{f"train_{name}": result[name] for name in result}}
+            entry["keep_rate"] = list(state.model.keep_rates)
+            entry |= {"images_per_second": images / seconds, "epoch_seconds": seconds}
             # Evaluate, at the keep rate that the epoch ends with
             if options.keep_rate_at is not None:
                 set_keep_rate(state, options.keep_rate_at(epoch + 1))
@@ -415,34 +427,6 @@ def train(
         raise
     took = datetime.timedelta(seconds=int(time.time() - begin))
     logger.info(f"Training time {took}, best Acc@1 {state.best.get('test_acc1', math.nan):.3f}")
-
-
-def train_and_time(
-    state: TrainState,
-    model: nn.Module,
-    criterion: nn.Module,
-    train_loader: DataLoader | CachedLoader,
-    *,
-    options: TrainOptions,
-    **more,
-) -> dict:
-    """Trains for (the rest of) an epoch and returns what log.txt says of it."""
-    first_step, begin = state.step, time.time()
-    sampler, batch_size = train_loader.sampler, train_loader.batch_size
-    num_steps = num_training_steps(sampler.epoch_length // batch_size, options.accum_steps)
-    sampler.set_epoch(state.epoch, start=first_step * batch_size)
-    result = train_one_epoch(
-        state, model, criterion, train_loader, num_steps=num_steps, options=options, **more
-    )
-    seconds = time.time() - begin
-    images = (num_steps - first_step) * batch_size * get_world_size()
-    return {
-        "epoch": state.epoch,
-        **{f"train_{name}": value for name, value in result.items()},
-        "keep_rate": list(state.model.keep_rates),
-        "images_per_second": images / seconds,
-        "epoch_seconds": seconds,
-    }
 
 
 def start_state(

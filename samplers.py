@@ -2,7 +2,7 @@
 
 Modifications of DeiT's `samplers.py: RASampler` (https://github.com/facebookresearch/deit):
 - the sampler yields `SampleKey`s, so that a sample's augmentation can depend on its key alone;
-- the shuffle also depends on a seed, and an epoch can be entered in its middle;
+- the shuffle also depends on a random seed, and an epoch can be entered in its middle;
 - rank and world size are plain arguments, the number of repetitions is one too;
 - a data set of fewer than 256 samples has an epoch of its own size instead of an empty one.
 """
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
-
 
 # DeiT cuts an epoch of repeated augmentation to a multiple of this many samples.
 REPEATED_EPOCH_MULTIPLE = 256
@@ -26,11 +25,15 @@ class SampleKey(NamedTuple):
     repetition: int
 
 
+def _check_least(**limits: tuple[int, int]) -> None:
+    """Checks values given as name=(value, least)."""
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}, allowed: {least} or more")
+
+
 def _check_ranks(num_samples: int, rank: int, world_size: int) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}, allowed: 1 or more")
-    if world_size < 1:
-        raise ValueError(f"world_size is {world_size}, allowed: 1 or more")
+    _check_least(num_samples=(num_samples, 1), world_size=(world_size, 1))
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, allowed: 0 to {world_size - 1}")
 
@@ -41,10 +44,8 @@ class TrainSampler(Sampler[SampleKey]):
     The order of an epoch depends on (seed, epoch) alone. Rank r takes positions r, r + world_size,
     ... of it, so the samples of a global batch are the same whatever the number of ranks. With
     `num_repeats` R > 1 each index stands R times in a row and only the first part of that list is
-    visited: floor(n // 256 * 256 / world_size) positions a rank (n in place of n // 256 * 256
-    below 256 samples), DeiT's rule. With R = 1 each index comes once; the last
-    n % world_size positions are left out, so that all ranks take the same number of steps.
-    `epoch_samples` ends an epoch earlier.
+    visited, DeiT's rule: n // 256 * 256 positions (n of them if n < 256). With R = 1 each index
+    comes once. The last positions that would not give every rank one more are left out.
     """
 
     def __init__(
@@ -61,25 +62,18 @@ class TrainSampler(Sampler[SampleKey]):
 
         Args:
             num_samples: size n of the data set, at least `world_size`.
-            seed: with the epoch, decides the order.
+            seed: random seed of the order.
             num_repeats: how often each index stands in the list, 1 or more; DeiT uses 3.
             rank: of this process.
             world_size: number of processes.
-            epoch_samples: most samples of an epoch over all ranks, at least `world_size`; None: no
-                such limit.
+            epoch_samples: ends an epoch after so many samples over all ranks, at least
+                `world_size`; None: no such limit.
         """
         super().__init__()
         _check_ranks(num_samples, rank, world_size)
-        if num_repeats < 1:
-            raise ValueError(f"num_repeats is {num_repeats}, allowed: 1 or more")
-        if num_samples < world_size:
-            raise ValueError(
-                f"num_samples is {num_samples}, allowed: {world_size} (world_size) or more"
-            )
-        if epoch_samples is not None and epoch_samples < world_size:
-            raise ValueError(
-                f"epoch_samples is {epoch_samples}, allowed: {world_size} (world_size) or more"
-            )
+        _check_least(num_repeats=(num_repeats, 1), num_samples=(num_samples, world_size))
+        if epoch_samples is not None:
+            _check_least(epoch_samples=(epoch_samples, world_size))
         self.num_samples = num_samples
         self.epoch_samples = epoch_samples
         self.seed = seed
@@ -95,9 +89,7 @@ class TrainSampler(Sampler[SampleKey]):
         total = self.num_samples
         if self.num_repeats > 1 and total >= REPEATED_EPOCH_MULTIPLE:
             total = total // REPEATED_EPOCH_MULTIPLE * REPEATED_EPOCH_MULTIPLE
-        if self.epoch_samples is not None:
-            total = min(total, self.epoch_samples)
-        return total // self.world_size
+        return min(total, self.epoch_samples or total) // self.world_size
 
     @property
     def epoch_seed(self) -> int:
@@ -118,12 +110,10 @@ class TrainSampler(Sampler[SampleKey]):
         self.start = start
 
     def __len__(self) -> int:
-        """Samples that iterating yields: `epoch_length` less the skipped start."""
         return self.epoch_length - self.start
 
     def __iter__(self) -> Iterator[SampleKey]:
-        generator = torch.Generator()
-        generator.manual_seed(self.epoch_seed)
+        generator = torch.Generator().manual_seed(self.epoch_seed)
         order = torch.randperm(self.num_samples, generator=generator).tolist()
         for step in range(self.start, self.epoch_length):
             position = self.rank + step * self.world_size
@@ -138,13 +128,6 @@ class EvalSampler(Sampler[int]):
     """
 
     def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Sets up this rank's share.
-
-        Args:
-            num_samples: size of the data set; ranks beyond it get nothing.
-            rank: of this process.
-            world_size: number of processes.
-        """
         super().__init__()
         _check_ranks(num_samples, rank, world_size)
         self.indices = range(rank, num_samples, world_size)

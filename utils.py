@@ -1,8 +1,10 @@
 """Processes, meters, random seeds, and the files that every script writes."""
 
+import argparse
 import datetime
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -16,7 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median_low
+from statistics import fmean, median_low
 from types import FrameType
 from typing import IO
 
@@ -179,6 +181,20 @@ def end_workers() -> None:
         child.kill()
 
 
+def run_script(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int],
+    argv: list[str] | None,
+) -> int:
+    """Parses a command line, runs the script and returns its exit code; bad input is one line."""
+    setup_logging()
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except InputError as problem:
+        parser.error(str(problem))
+
+
 # Numbers ----------------------------------------------------------------------------------------
 
 
@@ -202,12 +218,7 @@ def make_deterministic() -> None:
 
 
 def find_amp(choice: str, device: torch.device) -> str:
-    """The autocast type, a key of `AMP_DTYPES`, that a choice means on a device.
-
-    Args:
-        choice: such a key, or "auto": bf16 on GPUs that have it, fp16 on others, off elsewhere.
-        device: where the model runs.
-    """
+    """A key of `AMP_DTYPES`; "auto" means bf16 on GPUs that have it, fp16 on others, else off."""
     if choice != "auto":
         return choice
     if device.type != "cuda":
@@ -222,12 +233,7 @@ class SmoothedValue:
     """A number's latest values, and its mean over everything it was updated with."""
 
     def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
-        """Builds the meter.
-
-        Args:
-            window_size: how many values count as the latest.
-            fmt: how to print it: median, avg, global_avg and value may be named.
-        """
+        """`window_size` values count as the latest; `fmt` names median, avg, global_avg, value."""
         self.deque: deque[float] = deque(maxlen=window_size)
         self.total = 0.0
         self.count = 0
@@ -241,21 +247,17 @@ class SmoothedValue:
     @property
     def avg(self) -> float:
         """Mean of the latest values."""
-        return sum(self.deque) / len(self.deque) if self.deque else float("nan")
+        return fmean(self.deque) if self.deque else math.nan
 
     @property
     def global_avg(self) -> float:
         """Mean of all values."""
-        return self.total / self.count if self.count else float("nan")
+        return self.total / self.count if self.count else math.nan
 
     def __str__(self) -> str:
-        latest = self.deque or [float("nan")]
-        return self.fmt.format(
-            median=median_low(latest),
-            avg=self.avg,
-            global_avg=self.global_avg,
-            value=latest[-1],
-        )
+        latest = self.deque or [math.nan]
+        means = {"avg": self.avg, "global_avg": self.global_avg}
+        return self.fmt.format(median=median_low(latest), value=latest[-1], **means)
 
     def state_dict(self) -> dict:
         return {"latest": list(self.deque), "total": self.total, "count": self.count}
@@ -289,15 +291,7 @@ class MetricLogger:
     def log_every(
         self, iterable: Iterable, print_freq: int, *, header: str, total: int, start: int = 0
     ) -> Iterator:
-        """Passes items on and logs a line every `print_freq` of them, and after the last.
-
-        Args:
-            iterable: the items from number `start` on.
-            print_freq: items between lines.
-            header: first words of every line.
-            total: number of the last item plus one.
-            start: number of the first item.
-        """
+        """Passes items on, from number `start` of `total`, and logs every `print_freq` of them."""
         begin = end = time.perf_counter()
         iteration, loading = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
         width = len(str(total))

@@ -7,36 +7,47 @@ connected region; dropped patches are white. `contact_sheet.png` shows all image
     python visualize_mask.py --checkpoint output/demo/best.pth --data-path FOLDER --output-dir pics
 """
 
+import math
 import random
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from scipy import ndimage
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch import Tensor
+from torchvision.utils import make_grid
 
-from arguments import (
-    ArgumentParser,
-    add_data_arguments,
-    add_model_arguments,
-)
-from builders import build_model, model_arguments, with_stored_model
-from checkpoints import load_checkpoint, load_pretrained, load_weights, model_weights
-from datasets import DATA_SETS, SampleDataset, build_dataset, build_transform
-from images import BadImageError, load_image
-from models.trace import trace_patches
-from pictures import Picture, StagePanel, draw_contact_sheet, draw_picture, draw_strip
-from utils import InputError, init_process
+from arguments import ArgumentParser, add_data_arguments, add_model_arguments, model_arguments
+from checkpoints import load_checkpoint, model_from_checkpoint
+from datasets import DATA_SETS, build_dataset, build_transform
+from inputs.images import BadImageError, list_images, load_image
+from models import BATVisionTransformer
+from models.trace import PatchKind, trace_patches
+from utils import InputError, check_writable, init_process, seed_everything, write_atomically
 
 DEFAULT_NUM_IMAGES = 16
 DEFAULT_NUM_CLASSES = 1000
+
+BORDER_COLOURS = {PatchKind.CLUSTER: (255, 170, 0), PatchKind.PAIR: (255, 0, 200)}
+DROPPED_COLOUR, FRAME_GREY = 255, 150
+PANELS_PER_ROW = 4
+PANEL = (300, 8)  # least width in pixels of a panel, and least side of a patch in it
+THUMBNAIL = (112, 6)  # the same on the contact sheet
+DPI = 128  # a power of two: sizes in inches stay exact
+GAP, LINE = 12, 16  # pixels between panels, and of a line of text
+FONT = {"family": "monospace", "size": 7}  # all characters equally wide: text wraps by count
+CHARACTER = 7.6  # pixels of one, rounded up
+LEGEND_ENTRY = 250  # pixels of the longest
 
 
 class Source(NamedTuple):
@@ -44,16 +55,34 @@ class Source(NamedTuple):
 
     name: str  # shown in the picture
     true_class: str  # "" when not known
-    load: Callable[[], Tensor]  # gives (3, H, W) normalised; raises BadImageError
+    read: Callable[[], Image.Image]  # gives the RGB image; raises BadImageError
 
 
 class LoadedModel(NamedTuple):
     """A model and what the titles say about it."""
 
-    model: nn.Module
+    model: BATVisionTransformer
     description: str
     classes: Sequence[str]  # names of the outputs; empty: not known
     is_trained: bool
+
+
+class StagePanel(NamedTuple):
+    """What one panel shows."""
+
+    title: str
+    group: np.ndarray  # (N_0,) int64: the token that each patch sits in; -1: dropped
+    kind: np.ndarray  # (N_0,) int64: PatchKind of that token
+
+
+class Picture(NamedTuple):
+    """One image and what the stages made of it."""
+
+    source: Source
+    prediction: str  # the predicted class in words, or ""
+    image: np.ndarray  # (H, W, 3) uint8, the pixels that the patches cover
+    grid_size: tuple[int, int]
+    stages: Sequence[StagePanel]
 
 
 def get_args_parser() -> ArgumentParser:
@@ -65,261 +94,304 @@ def get_args_parser() -> ArgumentParser:
     )
     add_model_arguments(parser)
     add_data_arguments(parser)
-    group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--data-path", required=True,
+    # fmt: off
+    add = parser.add_argument_group("pictures").add_argument
+    add("--data-path", required=True,
         help="folder of images (searched recursively), one image, or a text file with one path a "
-        "line, relative to the current folder; with --data-set the folder of the data set",
-    )  # fmt: skip
-    group.add_argument(
-        "--data-set", choices=DATA_SETS, default=None, help="draw the validation images of this set"
-    )
-    group.add_argument("--checkpoint", default="", help="of main.py; without it: random weights")
-    group.add_argument("--output-dir", default="output/pictures", help="where to write")
-    group.add_argument(
-        "--num-images", type=int, default=None, metavar="N",
-        help=f"draw the first N images; default: {DEFAULT_NUM_IMAGES}, or a whole list",
-    )  # fmt: skip
-    group.add_argument("--shuffle", action="store_true", help="draw a random choice of the images")
-    group.add_argument("--seed", type=int, default=0, help="of the choice and of random weights")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        "line, relative to the current folder; with --data-set the folder of the data set")
+    add("--data-set", choices=DATA_SETS, help="draw the validation images of this set")
+    add("--checkpoint", default="", help="checkpoint of main.py; without it: random weights")
+    add("--output-dir", default="output/pictures", help="where to write")
+    add("--num-images", type=int, metavar="N",
+        help=f"draw the first N images; default: {DEFAULT_NUM_IMAGES}, or a whole list")
+    add("--shuffle", action="store_true", help="draw a random choice of the images")
+    add("--seed", type=int, default=0, help="random seed of the choice and of random weights")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    # fmt: on
     return parser
 
 
-def file_sources(files: Sequence[Path], classes: Sequence[str], args: Namespace) -> list[Source]:
-    """Makes a source of each image file; its folder's name is the class if `classes` has it.
+def draw_stage(
+    image: np.ndarray, group: np.ndarray, kind: np.ndarray, grid_size: tuple[int, int], scale: int
+) -> np.ndarray:
+    """Draws one panel, every image pixel as a square of scale x scale pixels.
+
+    A token of one patch shows its pixels, a merged token the rounded mean of all pixels of all of
+    its patches. A pixel of a merged token is border when a pixel of another token, of a dropped
+    patch or of the outside lies within the border's width of it in both directions; the width is a
+    twelfth of a patch's shorter side, at least 1. Dropped patches are white.
 
     Args:
-        files: image files.
-        classes: class names, may be empty.
-        args: what `build_transform` reads.
-    """
-    transform = build_transform(False, args)
-
-    def load(file: Path) -> Tensor:
-        return transform(load_image(str(file)))
-
-    class_names = [file.parent.name if file.parent.name in classes else "" for file in files]
-    return [
-        Source(file.name, name, partial(load, file))
-        for file, name in zip(files, class_names, strict=True)
-    ]
-
-
-def dataset_sources(dataset: SampleDataset) -> list[Source]:
-    """Makes a source of each sample of a validation set whose bad images raise an error."""
-
-    def load(index: int) -> Tensor:
-        return dataset[index][0]
-
-    class_names = [dataset.classes[target] for target in dataset.targets.tolist()]
-    return [
-        Source(f"{name}_{index:05d}", name, partial(load, index))
-        for index, name in enumerate(class_names)
-    ]
-
-
-def choose_sources(sources: Sequence[Source], args: Namespace, *, default: int) -> list[Source]:
-    """Takes the first --num-images sources, or a random choice of them with --shuffle.
-
-    Args:
-        sources: all images there are.
-        args: reads num_images, shuffle and seed.
-        default: how many without --num-images.
-    """
-    sources = list(sources)
-    if args.shuffle:
-        random.Random(args.seed).shuffle(sources)
-    return sources[: default if args.num_images is None else args.num_images]
-
-
-def load_model(args: Namespace, checkpoint: Mapping, dataset_classes: Sequence[str]) -> LoadedModel:
-    """Builds the model of the checkpoint, or one with random weights.
-
-    Args:
-        args: checkpoint, seed, and the model flags with none left open.
-        checkpoint: as `load_checkpoint` returns it; empty: random weights.
-        dataset_classes: class names of the data set, empty when there is none.
+        image: (H, W, 3) uint8; H and W are multiples of the grid's rows and columns.
+        group: (rows * columns,) the token that each patch sits in, or -1: dropped.
+        kind: (rows * columns,) `PatchKind` code of that token.
+        grid_size: rows and columns of the patch grid.
+        scale: enlargement, at least 1.
 
     Returns:
-        The model in evaluation mode, on the CPU.
-
-    Raises:
-        InputError: the checkpoint does not fit, or a flag is out of range.
+        (H * scale, W * scale, 3) uint8.
     """
-    weights = model_weights(checkpoint) if checkpoint else {}
-    num_classes = len(weights.get("head.bias", dataset_classes)) or DEFAULT_NUM_CLASSES
-    torch.manual_seed(args.seed)
-    model = build_model(model_arguments(args, num_classes)).eval()
-    if tuple(model.patch_embed.img_size) != tuple(args.input_size):
-        raise InputError("give the size of the input as --input-size, not in --model-kwargs")
-    if checkpoint:
-        # Only another input size calls for resampling the position embedding.
-        stored_size = checkpoint.get("model_args", {}).get("img_size", args.input_size)
-        fits = tuple(stored_size) == tuple(args.input_size)
-        (load_weights if fits else load_pretrained)(model, weights, args.checkpoint)
-    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
-    origin = "/".join(Path(args.checkpoint).parts[-2:]) if checkpoint else "random weights"
-    classes = checkpoint.get("classes") or dataset_classes
-    return LoadedModel(
-        model,
-        f"{args.model}, {model.reduction}, keep rate {rates}, {origin}",
-        classes if len(classes) == model.num_classes else (),
-        bool(checkpoint),
-    )
+    rows, columns = grid_size
+    height, width = image.shape[:2]
+    if height % rows or width % columns:
+        raise InputError(f"grid_size {grid_size} must divide the image size {(height, width)}")
+    if group.shape != (rows * columns,) or kind.shape != group.shape:
+        raise InputError(
+            f"group {group.shape} and kind {kind.shape} must be ({rows * columns},): one a patch"
+        )
+    cell = (height // rows, width // columns)
+    labels = _enlarge(group.reshape(grid_size), *cell)  # (H, W)
+    kinds = _enlarge(kind.reshape(grid_size), *cell)  # (H, W)
+    tokens = np.unique(group)
+    means = [ndimage.mean(image[..., i], labels, tokens) for i in range(3)]
+    means = np.rint(np.stack(means, axis=-1)).astype(np.uint8)  # (K, 3)
+
+    is_merged = (kinds > PatchKind.SINGLE)[..., None]
+    panel = np.where(is_merged, means[np.searchsorted(tokens, labels)], image)
+    panel[kinds == PatchKind.DROPPED] = DROPPED_COLOUR
+    panel, labels, kinds = (_enlarge(array, scale, scale) for array in (panel, labels, kinds))
+    reach = 2 * max(1, min(cell) * scale // 12) + 1  # from one border's width before to one behind
+    outside = {"mode": "constant", "cval": -2}
+    highest = ndimage.maximum_filter(labels, reach, **outside)
+    border = highest != ndimage.minimum_filter(labels, reach, **outside)
+    for merged, colour in BORDER_COLOURS.items():
+        panel[border & (kinds == merged)] = colour
+    return panel
+
+
+def choose_scale(image: np.ndarray, grid_size: tuple[int, int], least: tuple[int, int]) -> int:
+    """Smallest enlargement that makes an (H, W, 3) image and its patches at least so large."""
+    height, width = image.shape[:2]
+    smallest_side = min(height // grid_size[0], width // grid_size[1])
+    return max(math.ceil(least[0] / width), math.ceil(least[1] / smallest_side))
+
+
+def draw_panels(picture: Picture, image: np.ndarray, scale: int) -> np.ndarray:
+    """The (H, W, 3) image and a panel a stage, (1 + stages, H * scale, W * scale, 3)."""
+    panels = [draw_stage(image, s.group, s.kind, picture.grid_size, scale) for s in picture.stages]
+    return np.stack([_enlarge(image, scale, scale), *panels])
+
+
+def _enlarge(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Repeats each entry of an (H, W, ...) array, giving (H * rows, W * columns, ...)."""
+    return array.repeat(rows, axis=0).repeat(columns, axis=1)
+
+
+def draw_picture(picture: Picture, description: str) -> Figure:
+    """Draws the original and one panel a stage, with titles."""
+    scale = choose_scale(picture.image, picture.grid_size, PANEL)
+    panels = draw_panels(picture, picture.image, scale)
+    name, true_class = picture.source[:2]
+    original = f"original: {true_class}" if true_class else "original"
+    titles = [f"{original}\n{picture.prediction}"]
+    titles += [f"{stage.title}\n{describe_tokens(stage)}" for stage in picture.stages]
+    columns = min(len(panels), PANELS_PER_ROW)
+    return draw_page(panels, titles, f"{name}  |  {description}", columns)
+
+
+def draw_strip(picture: Picture) -> np.ndarray:
+    """Draws the panels of one picture small, in one row, as (h, w, 3) uint8."""
+    image, grid = picture.image, picture.grid_size
+    cell = (image.shape[0] // grid[0], image.shape[1] // grid[1])
+    largest = max(1, min(image.shape[1] // THUMBNAIL[0], min(cell) // THUMBNAIL[1]))
+    shrinking = max(by for by in range(1, largest + 1) if cell[0] % by == cell[1] % by == 0)
+    scale = choose_scale(image, grid, THUMBNAIL)
+    image = np.asarray(Image.fromarray(image).reduce(shrinking))
+    panels = torch.from_numpy(draw_panels(picture, image, scale)).permute(0, 3, 1, 2)
+    strip = make_grid(panels, nrow=len(panels), padding=3, pad_value=FRAME_GREY)  # (3, h, w)
+    return strip.permute(1, 2, 0).numpy()
+
+
+def draw_page(
+    panels: Sequence[np.ndarray], titles: Sequence[str], header: str, columns: int
+) -> Figure:
+    """Lays out (h, w, 3) uint8 panels of one size, pixel for pixel, between header and legend.
+
+    A line of a title that is too long is wrapped once, then cut; the header wraps as it needs.
+    """
+    height, width = panels[0].shape[:2]
+    wrapped = [_wrap(title, width, max_lines=2) for title in titles]
+    title_height = LINE * max(map(len, wrapped)) + 4
+    step_x, step_y = width + GAP, title_height + height + GAP
+    page_width = GAP + columns * step_x
+    header_lines = _wrap(header, page_width - 2 * GAP)
+    top = GAP + len(header_lines) * LINE + GAP
+    legend_columns = min(4, max(1, 2 * (page_width // LEGEND_ENTRY // 2)))  # 1, 2 or 4
+    page_height = top + math.ceil(len(panels) / columns) * step_y + 4 // legend_columns * 20 + GAP
+
+    figure = Figure((page_width / DPI, page_height / DPI), DPI, facecolor="white")
+
+    def write(lines: Sequence[str], x: int, y: int, va: str) -> None:
+        text, place = "\n".join(lines), (x / page_width, 1 - y / page_height)
+        figure.text(*place, text, va=va, parse_math=False, linespacing=1.1, **FONT)
+
+    write(header_lines, GAP, GAP, "top")
+    for index, (panel, lines) in enumerate(zip(panels, wrapped, strict=True)):
+        x, y = GAP + index % columns * step_x, top + index // columns * step_y + title_height
+        write(lines, x, y - 4, "bottom")
+        framed = np.pad(panel, ((1, 1), (1, 1), (0, 0)), constant_values=FRAME_GREY)
+        figure.figimage(framed, x - 1, page_height - y - height - 1, origin="upper")
+    _add_legend(figure, legend_columns, (GAP / page_width, GAP / 2 / page_height))
+    return figure
+
+
+def _wrap(text: str, width: int, max_lines: int | None = None) -> list[str]:
+    """Breaks each line of a text into lines of at most `width` pixels."""
+    shape = {"width": int(width / CHARACTER), "max_lines": max_lines, "placeholder": "..."}
+    return [part for line in text.split("\n") for part in wrap(line, **shape)]
+
+
+def _add_legend(figure: Figure, columns: int, place: tuple[float, float]) -> None:
+    """Says what the colours mean; `place` is the lower left corner, as shares of the figure."""
+    cluster, pair = (np.divide(BORDER_COLOURS[k], 255) for k in (PatchKind.CLUSTER, PatchKind.PAIR))
+    entries = {  # face, edge, width of the edge in points, pattern
+        "own pixels: token of one patch": ("0.75", "0.35", 0, "xxxxx"),
+        "mean colour: cluster": ("0.75", cluster, 2, ""),
+        "mean colour: matched pair": ("0.75", pair, 2, ""),
+        "blank: dropped": ("white", "0.4", 0.5, ""),
+    }
+    handles = [
+        Patch(fc=face, ec=edge, lw=width, hatch=pattern, label=label)
+        for label, (face, edge, width, pattern) in entries.items()
+    ]
+    spacing = {"borderaxespad": 0, "borderpad": 0, "handlelength": 1.6, "handleheight": 1.2}
+    where = {"loc": "lower left", "bbox_to_anchor": place, "frameon": False}
+    figure.legend(handles=handles, ncols=columns, prop=FONT, **where, **spacing)
+
+
+def draw_contact_sheet(pictures: Sequence[Picture], description: str) -> Figure:
+    """Draws all pictures small, on one page that is rather wider than high."""
+    strips = [draw_strip(picture) for picture in pictures]
+    titles = [f"{picture.source.name}\n{picture.prediction}" for picture in pictures]
+    height, width = strips[0].shape[:2]
+    columns = max(1, round(math.sqrt(1.5 * len(strips) * (height + 3 * LINE) / width)))
+    return draw_page(strips, titles, description, min(columns, len(strips)))
+
+
+def describe_tokens(stage: StagePanel) -> str:
+    """Counts a stage's tokens by kind, and the patches that were dropped by then."""
+    counts = [np.unique(stage.group[stage.kind == kind]).size for kind in PatchKind]
+    text = f"{counts[PatchKind.SINGLE]} of one patch"
+    for kind, word in ((PatchKind.PAIR, "matched"), (PatchKind.CLUSTER, "clustered")):
+        text += f", {counts[kind]} {word}" if counts[kind] else ""
+    num_dropped = np.sum(stage.kind == PatchKind.DROPPED)
+    return text + (f"; dropped patches: {num_dropped}" if num_dropped else "")
 
 
 @torch.no_grad()
 def make_picture(loaded: LoadedModel, source: Source, image: Tensor) -> Picture:
-    """Runs one image through the model and notes what became of each patch.
-
-    Args:
-        loaded: the model and its description.
-        source: where the image is from.
-        image: (3, H, W) float32, normalised, of the model's input size.
-
-    Raises:
-        InputError: the model does not cut this image into the grid of patches that it names.
-    """
+    """Runs one (3, H, W) normalised image through the model and notes what became of each patch."""
     model = loaded.model
     device = next(model.parameters()).device
     logits, assignments = model.forward_with_assignments(image[None].to(device))
-    rows, columns = model.patch_embed.grid_size
-    patch_height, patch_width = model.patch_embed.patch_size
-    stages = model.stages()
-    if stages and assignments[0].shape[1] != rows * columns:
-        raise InputError(
-            f"{assignments[0].shape[1]} patches enter stage 1; must be {rows} x {columns}"
-        )
-    panels = []
+    panels, stages = [], model.stages()
     for stage, trace in zip(stages, trace_patches(assignments, stages), strict=True):
-        place = f"stage {len(panels) + 1} (block {stage.block + 1})"
+        place = f"stage {len(panels) + 1} (block {stage.block})"
         title = f"{place}: {stage.num_tokens} -> {stage.num_outputs} tokens"
         panels.append(StagePanel(title, trace.group[0].cpu().numpy(), trace.kind[0].cpu().numpy()))
-    pixels = denormalize(image)[: rows * patch_height, : columns * patch_width]
-    return Picture(
-        header=f"{source.name}  |  {loaded.description}",
-        true_class=source.true_class,
-        prediction=describe_prediction(loaded, logits[0].softmax(0).cpu()),
-        image=pixels,
-        grid_size=(rows, columns),
-        stages=tuple(panels),
-    )
+    prediction = ""
+    if loaded.is_trained and logits.shape[1]:  # random weights predict nothing
+        probability, index = logits[0].softmax(0).max(0)
+        name = loaded.classes[index] if loaded.classes else f"class {index}"
+        prediction = f"predicted ({probability:.0%}): {name}"
+    grid_size, patch_size = model.patch_embed.grid_size, model.patch_embed.patch_size
+    height, width = np.multiply(grid_size, patch_size)
+    return Picture(source, prediction, denormalize(image)[:height, :width], grid_size, panels)
 
 
 def denormalize(image: Tensor) -> np.ndarray:
     """Turns a (3, H, W) image with ImageNet's normalisation into (H, W, 3) uint8 pixels."""
-    mean, std = (
-        torch.tensor(values)[:, None, None]
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(1, 2, 0).contiguous().numpy()
+    pixels = image.permute(1, 2, 0) * torch.tensor(IMAGENET_DEFAULT_STD)  # (H, W, 3)
+    pixels = (pixels + torch.tensor(IMAGENET_DEFAULT_MEAN)).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8).contiguous().numpy()
 
 
-def describe_prediction(loaded: LoadedModel, probabilities: Tensor) -> str:
-    """Names the class that a trained model predicts; random weights predict nothing.
-
-    Args:
-        loaded: the model and its class names.
-        probabilities: (num_classes,) of the image.
-    """
-    if not loaded.is_trained or not probabilities.numel():
-        return ""
-    index = int(probabilities.argmax())
-    name = loaded.classes[index] if loaded.classes else f"class {index}"
-    return f"predicted: {name} ({100 * float(probabilities[index]):.0f} %)"
-
-
-def draw_all(loaded: LoadedModel, sources: Sequence[Source], output_dir: Path) -> int:
-    """Draws every source and the contact sheet; unreadable images are named and left out.
-
-    Args:
-        loaded: the model.
-        sources: what to draw.
-        output_dir: an existing folder.
-
-    Returns:
-        How many images could not be read.
-    """
-    strips = []
-    for number, source in enumerate(sources, 1):
-        try:
-            image = source.load()
-        except BadImageError as problem:
-            print(problem, file=sys.stderr)
-            continue
-        picture = make_picture(loaded, source, image)
-        path = output_dir / f"{number:03d}_{Path(source.name).stem}.png"
-        draw_picture(picture).save(path, optimize=True)
-        strips.append(draw_strip(picture, source.name))
-        print(path, flush=True)
-    if strips:
-        blocks = ", ".join(str(stage.block + 1) for stage in loaded.model.stages())
-        header = f"{loaded.description}  |  panels: original, after blocks {blocks}"
-        sheet = draw_contact_sheet(strips, header if blocks else loaded.description)
-        sheet.save(output_dir / "contact_sheet.png", optimize=True)
-        print(output_dir / "contact_sheet.png")
-    return len(sources) - len(strips)
-
-
-def prepare(args: Namespace) -> tuple[LoadedModel, list[Source], Path]:
-    """Checks everything and builds the model and the list of images, before anything is drawn.
-
-    Args:
-        args: all flags.
-
-    Returns:
-        The model on its device, the images to draw and the output folder.
-
-    Raises:
-        InputError: any of the flags or files is bad.
-    """
+def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
+    """Checks the flags; builds the model, on its device, and the list of images to draw."""
     if args.num_images is not None and args.num_images < 1:
         raise InputError(f"--num-images must be at least 1, got {args.num_images}")
+    if args.ema and not args.checkpoint:
+        raise InputError("--ema needs --checkpoint")
     device = init_process(args.device)
     path = Path(args.data_path).expanduser()
     files = [] if args.data_set else list_images(path)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    filled = with_stored_model(args, checkpoint.get("model_args"))
-    reading = Namespace(**{**vars(filled), "bad_images": "error"})
-    dataset = build_dataset(False, reading)[0] if args.data_set else None
-    loaded = load_model(filled, checkpoint, () if dataset is None else dataset.classes)
-    if dataset is not None:
-        sources, default = dataset_sources(dataset), DEFAULT_NUM_IMAGES
+    model_args = model_arguments(args, checkpoint.get("model_args"))
+    dataset, dataset_classes = None, []
+    if args.data_set:
+        dataset, _ = build_dataset(False, args, model_args["img_size"])
+        dataset_classes = dataset.classes
+    if not checkpoint:
+        model_args.setdefault("num_classes", len(dataset_classes) or DEFAULT_NUM_CLASSES)
+
+    seed_everything(args.seed)
+    model = model_from_checkpoint(
+        checkpoint, ema=args.ema, source=args.checkpoint or "random weights", **model_args
+    )
+    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
+    origin = "/".join(Path(args.checkpoint).parts[-2:]) if checkpoint else "random weights"
+    origin += " (exponential moving average)" if args.ema else ""
+    description = f"{model_args['model_name']}, {model.reduction}, keep rate {rates}, {origin}"
+    classes = checkpoint.get("classes") or dataset_classes
+    classes = classes if len(classes) == model.num_classes else []
+    loaded = LoadedModel(model.to(device), description, classes, bool(checkpoint))
+
+    if dataset is None:
+        names = [file.parent.name if file.parent.name in classes else "" for file in files]
+        readers = [partial(load_image, str(file)) for file in files]
+        titles = [file.name for file in files]
     else:
-        sources = file_sources(files, loaded.classes, reading)
-        default = len(files) if path.is_file() else DEFAULT_NUM_IMAGES
-    chosen = choose_sources(sources, args, default=default)
-    print(f"drawing {len(chosen)} of {len(sources)} images: {loaded.description}")
-    output_dir = Path(args.output_dir).expanduser()
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass  # the folder can be written
-    except OSError as problem:
-        raise InputError(f"cannot write to --output-dir {output_dir}: {problem}") from problem
-    loaded.model.to(device)
-    return loaded, chosen, output_dir
+        names = [dataset.classes[target] for target in dataset.targets]
+        readers = [lambda i=i: dataset.source[i][0] for i in range(len(names))]
+        titles = [f"{name}_{i:05d}" for i, name in enumerate(names)]
+    sources = [Source(*fields) for fields in zip(titles, names, readers, strict=True)]
+    total = len(sources)
+    if args.shuffle:
+        random.Random(args.seed).shuffle(sources)
+    is_list = dataset is None and path.is_file()
+    sources = sources[: args.num_images or (total if is_list else DEFAULT_NUM_IMAGES)]
+    print(f"drawing {len(sources)} of {total} images: {description}")
+    return loaded, sources
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script.
+def run(args: Namespace) -> int:
+    """Draws every image and the contact sheet; gives 1 if an image was unreadable, else 0."""
+    loaded, sources = prepare(args)
+    transform = build_transform(False, args, loaded.model.patch_embed.img_size)
+    output_dir = check_writable(args.output_dir)
 
-    Args:
-        argv: flags; default: the command line's.
+    def save(figure: Figure, name: str) -> None:
+        write_atomically(output_dir / name, partial(figure.savefig, format="png"))
+        print(output_dir / name, flush=True)
 
-    Returns:
-        The exit code: 1 when an image could not be read, else 0.
-    """
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    with parser.exit_on_bad_input():
-        loaded, sources, output_dir = prepare(args)
-        num_bad = draw_all(loaded, sources, output_dir)
+    pictures = []
+    for number, source in enumerate(sources, 1):
+        try:
+            image = transform(source.read())
+        except BadImageError as problem:
+            print(problem, file=sys.stderr)
+            continue
+        pictures.append(make_picture(loaded, source, image))
+        figure = draw_picture(pictures[-1], loaded.description)
+        save(figure, f"{number:03d}_{Path(source.name).stem}.png")
+    if pictures:
+        blocks = ", ".join(str(stage.block) for stage in loaded.model.stages())
+        panels = f"  |  panels: original, after blocks {blocks}" if blocks else ""
+        save(draw_contact_sheet(pictures, loaded.description + panels), "contact_sheet.png")
+    num_bad = len(sources) - len(pictures)
     if num_bad:
         print(f"{num_bad} of {len(sources)} images could not be read", file=sys.stderr)
     return 1 if num_bad else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script with these flags, or the command line's, and returns its exit code."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except InputError as problem:
+        parser.error(str(problem))
 
 
 if __name__ == "__main__":

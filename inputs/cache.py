@@ -8,121 +8,105 @@ and moved to the device; random crops and flips are index arithmetic there.
 import hashlib
 import json
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
+import torch.nn.functional as F
+from numpy.lib.format import write_array_header_1_0
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import BatchSampler
 from torchvision import transforms
 
-from inputs.images import CROP_PADDING, ResizeToCover, is_small_input
+from inputs.images import CROP_PADDING, cover_and_crop, is_small_input
 from samplers import EvalSampler, TrainSampler
-from utils import InputError, barrier, get_rank, logger
+from utils import InputError, in_turns, logger
 
 Batch = tuple[Tensor, Tensor, Tensor]
 AUGMENTATION_STREAM = 0x5DEECE66D  # sets the draws of an epoch apart from its shuffle
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def digest_dataset(dataset) -> str:
     """Short hash of a data set's classes, targets and file names (as far as it has files)."""
     samples = getattr(dataset.source, "samples", ())
     files = [os.path.relpath(path, dataset.source.root) for path, _ in samples]
-    text = json.dumps([dataset.classes, dataset.targets.tolist(), files])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest(dataset.classes, dataset.targets.tolist(), files)
 
 
 def check_cacheable(args: Namespace, dataset) -> None:
-    """Checks that the augmentation is one that `CachedLoader` knows: random crop and flip.
-
-    Args:
-        args: reads eval, src, input_size, aa, color_jitter, reprob and bad_images.
-
-    Raises:
-        InputError: the run asks for another.
-    """
+    """Raises `InputError` unless the augmentation is `CachedLoader`'s: random crop and flip."""
     if args.bad_images != "error":
         raise InputError("--image-cache takes readable images only: add --bad-images error")
     if args.eval:
         return
-    wanted = []
-    if args.aa not in (None, "", "none"):
-        wanted.append("--aa none")
-    if args.color_jitter:
-        wanted.append("--color-jitter 0")
-    if args.reprob:
-        wanted.append("--reprob 0")
-    if not (args.src or is_small_input(dataset.image_size)):
-        wanted.append("--src")
-    if wanted:
-        raise InputError(
-            f"--image-cache augments by random crop and flip alone: add {' '.join(wanted)}"
-        )
+    needed = {
+        "--aa none": args.aa not in (None, "", "none"),
+        "--color-jitter 0": args.color_jitter,
+        "--reprob 0": args.reprob,
+        "--src": not (args.src or is_small_input(dataset.image_size)),
+    }
+    if any(needed.values()):
+        flags = " ".join(flag for flag, is_needed in needed.items() if is_needed)
+        raise InputError(f"--image-cache augments by random crop and flip alone: add {flags}")
 
 
-def cached_images(
-    args: Namespace, dataset, is_train: bool, device: torch.device
-) -> np.ndarray:
+def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device) -> np.ndarray:
     """Opens the file of a data set's decoded images, after making it if it is not there.
 
-    An image is resized to cover (H / ratio, W / ratio) and cropped to the (H, W) of the data set's
+    An image is resized to cover (H, W) / crop ratio and cropped to the (H, W) of the data set's
     inputs from its centre; the ratio is 1 in training and for small inputs, else eval_crop_ratio.
-    The file's name says which files, of which sizes and times, it was made from. The first process
-    of each machine makes it, the others wait.
+    The file's name says which files, of which sizes and times, it was made from. One process of
+    each machine makes it, the others wait.
 
     Args:
-        args: reads image_cache, input_size and eval_crop_ratio.
+        args: reads image_cache and eval_crop_ratio.
         dataset: whose images to decode.
         is_train: the training or the validation set.
         device: over which the processes agree.
 
     Returns:
         (images, 3, H, W) uint8, memory-mapped; what is written to it stays in this process.
-
-    Raises:
-        InputError: the file cannot be written.
-        BadImageError: an image cannot be read.
     """
     rows, cols = dataset.image_size
     crop_ratio = 1.0 if is_train or is_small_input(dataset.image_size) else args.eval_crop_ratio
     stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
-    facts = [digest_dataset(dataset), rows, cols, crop_ratio]
-    facts += [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    size, time = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
+    digest = _digest(digest_dataset(dataset), rows, cols, crop_ratio, size, time)[:12]
     path = Path(args.image_cache) / f"{'train' if is_train else 'val'}-{rows}x{cols}-{digest}.npy"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
-        logger.info(f"decoding {len(dataset)} images into {path}")
-        try:
-            _decode(dataset, crop_ratio, path)
-        except OSError as problem:
-            reason = problem.strerror or problem
-            raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
-    barrier(device)
+    with in_turns(device):
+        if not path.exists():
+            logger.info(f"decoding {len(dataset)} images into {path}")
+            try:
+                _decode(dataset, crop_ratio, path)
+            except OSError as problem:
+                reason = problem.strerror or problem
+                raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
     return np.load(path, mmap_mode="c")
 
 
 def _decode(dataset, crop_ratio: float, path: Path) -> None:
-    """Writes the file, whole or not at all."""
-    rows, cols = dataset.image_size
-    cover = ResizeToCover((int(rows / crop_ratio), int(cols / crop_ratio)))
-    crop = transforms.Compose([cover, transforms.CenterCrop((rows, cols))])
-    partial = path.with_name(f"{path.name}.{get_rank()}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = open_memmap(partial, "w+", np.uint8, (len(dataset), 3, rows, cols))
-        for index in range(len(dataset)):
-            image, _ = dataset.source[index]
-            pixels[index] = np.asarray(crop(image)).transpose(2, 0, 1)
-        pixels.flush()
+    """Writes the file, whole or not at all, even if another run does so at the same time."""
+    crop = transforms.Compose(cover_and_crop(dataset.image_size, crop_ratio))
+    shape = (len(dataset), 3, *dataset.image_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
+        with open(partial, "wb") as file:
+            write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for index in range(len(dataset)):
+                image, _ = dataset.source[index]
+                file.write(np.asarray(crop(image)).transpose(2, 0, 1).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 class CachedLoader:
@@ -132,39 +116,27 @@ class CachedLoader:
     with probability 1/2, as `build_transform` does for small inputs; the draws depend on (seed,
     epoch, index, repetition) alone. With an `EvalSampler` images are only normalised: the same
     numbers as from `build_transform`, bit for bit.
-
-    Attributes:
-        sampler: which images, in which order.
-        batch_size: images of a batch.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        sampler: TrainSampler | EvalSampler,
-        batch_size: int,
+        self, images: Tensor, targets: Tensor, sampler: TrainSampler | EvalSampler, batch_size: int
     ) -> None:
-        """Keeps what it is given.
+        """Prepares the batches.
 
         Args:
             images: (N, 3, H, W) uint8, on the device to augment on.
             targets: (N,) int64 on the CPU.
-            sampler: a `TrainSampler` also means augmentation, and that an incomplete last batch is
-                left out.
+            sampler: a `TrainSampler` also leaves out an incomplete last batch.
             batch_size: images of a batch.
         """
         self.images = images
         self.targets = targets
         self.sampler = sampler
         self.batch_size = batch_size
+        self._trains = isinstance(sampler, TrainSampler)
         self._batches = BatchSampler(sampler, batch_size, drop_last=self._trains)
         stats = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=images.device)
         self._mean, self._std = stats.view(2, 1, 3, 1, 1)
-
-    @property
-    def _trains(self) -> bool:
-        return isinstance(self.sampler, TrainSampler)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -194,41 +166,25 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
     """Pads images with black, crops them to their old size and mirrors some of them.
 
     Args:
-        images: (B, C, H, W) of any type.
+        images: (B, C, H, W) of any type; the result has the same.
         draws: (3, B) int64: first row and first column of the crop within the padded image, each in
             0 .. 8, and 1 for a mirrored image.
-
-    Returns:
-        (B, C, H, W) of the same type.
     """
-    num_images, channels, height, width = images.shape
-    padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)
-    top, left, flip = draws.unsqueeze(2)  # (B, 1) each
-    across = torch.arange(width, device=images.device)
-    rows = top + torch.arange(height, device=images.device)  # (B, H)
-    cols = left + torch.where(flip == 1, across.flip(0), across)  # (B, W)
-    image = torch.arange(num_images, device=images.device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
-    return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
+    height, width = images.shape[2:]
+    padded = F.pad(images, [CROP_PADDING] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 9, 9, H, W), a view
+    top, left, flip = draws
+    image = torch.arange(len(images), device=images.device)
+    crops = windows[image, :, top, left]  # (B, C, H, W)
+    return torch.where(flip.bool().view(-1, 1, 1, 1), crops.flip(3), crops)
 
 
 def build_cached_loader(
-    args: Namespace,
-    dataset,
-    sampler: TrainSampler | EvalSampler,
-    device: torch.device,
+    args: Namespace, dataset, sampler: TrainSampler | EvalSampler, device: torch.device
 ) -> CachedLoader:
     """Decodes a data set, or opens what is decoded already, and moves it to the device.
 
-    Args:
-        args: reads image_cache, batch_size, eval_crop_ratio and what `check_cacheable` reads.
-        dataset: the training or the validation set.
-        sampler: of the same part.
-        device: where the batches are wanted.
-
-    Raises:
-        InputError: the augmentation is another one, or the cache cannot be written.
-        BadImageError: an image cannot be read.
+    Raises `InputError` when the augmentation is another one, or the cache cannot be made.
     """
     check_cacheable(args, dataset)
     pixels = cached_images(args, dataset, isinstance(sampler, TrainSampler), device)

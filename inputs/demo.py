@@ -1,18 +1,15 @@
 """Draws the demo set: six classes of objects on textured backgrounds, written as an ImageFolder.
 
-The class is that of the object: a shape, with a range of hues that only touches the next class's,
-as with fruit. Its tone, size, place and angle, the background's texture and colours, and small
-vivid blobs are drawn at random and say nothing about the class, so that a model has to find the
-few tokens that matter while the rest stays diverse. (Shape alone, in any colour, takes a small
-transformer far longer to learn than a demo should last.)
+The class is that of the object: a shape, with a range of hues that only touches the next class's
+(shape alone takes a small transformer far longer to learn than a demo should last). Everything else
+is random and says nothing about the class, so that a model has to find the few tokens that matter
+while the rest stays diverse.
 """
 
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from utils import InputError
 
 DEMO_CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
-# Written last: a folder with it was complete when it got its name.
-MANIFEST = "demo.json"
-# Raised when the pictures change, so that older sets are drawn again.
-DEMO_VERSION = 2
+SETTINGS_FILE = "demo.json"
 # Shapes are drawn this many times larger, then averaged down, for smooth edges.
 SUPERSAMPLING = 4
 # Least distance, in 8-bit RGB, that nine tenths of a background keep from the object's colour.
@@ -94,19 +88,16 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 def _polygon(rng: np.random.Generator, name: str) -> np.ndarray:
     """(n, 2) corners of a shape around 0 that reaches a distance of 1, at a random angle."""
     if name == "cross":
-        arm = 0.32
-        corners = np.array([(arm, 0.95), (arm, arm), (0.95, arm)])
+        corners = np.array([(0.32, 0.95), (0.32, 0.32), (0.95, 0.32)])
         quarter_turn = np.array([[0, -1], [1, 0]])
         turns = [np.linalg.matrix_power(quarter_turn, power) for power in range(4)]
         points = np.concatenate([corners @ turn for turn in turns])
-    elif name == "star":
-        angles = np.arange(10) * np.pi / 5
-        points = np.stack([np.cos(angles), np.sin(angles)], 1)
-        points[1::2] *= 0.42
     else:
-        corners = {"square": 4, "triangle": 3}[name]
+        corners = {"star": 10, "square": 4, "triangle": 3}[name]
         angles = np.arange(corners) * 2 * np.pi / corners
         points = np.stack([np.cos(angles), np.sin(angles)], 1)
+        if name == "star":
+            points[1::2] *= 0.42
     angle = rng.uniform(0, 2 * np.pi)
     rotation = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     return points @ np.array(rotation)
@@ -134,11 +125,6 @@ def _object_mask(rng: np.random.Generator, name: str, size: int) -> Image.Image:
 
 def _scene_colours(rng: np.random.Generator, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws a background and an object's vivid colour until the object stands out from it.
-
-    Args:
-        rng: the source of randomness.
-        name: class of the object, which decides the range of hues.
-        size: side in pixels.
 
     Returns:
         (size, size, 3) background and (3,) colour, both in 0..255; the pair of most contrast if
@@ -172,16 +158,7 @@ def _draw_blobs(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def draw_demo_image(name: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """Draws one picture of the demo set.
-
-    Args:
-        name: one of `DEMO_CLASSES`.
-        size: side in pixels.
-        rng: the only source of randomness.
-
-    Returns:
-        An RGB image of size x size pixels.
-    """
+    """One RGB picture of size x size pixels, with an object of class `name`."""
     background, colour = _scene_colours(rng, name, size)
     image = _draw_blobs(rng, background)
     mask = _object_mask(rng, name, size)
@@ -200,50 +177,13 @@ def draw_demo_image(name: str, size: int, rng: np.random.Generator) -> Image.Ima
     return Image.fromarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
 
 
-def _image_bytes(root: Path) -> tuple[int, int]:
-    """Number of pictures below root and their bytes in all."""
-    sizes = [file.stat().st_size for file in root.glob("*/*/*.png")]
-    return len(sizes), sum(sizes)
-
-
-def _manifest(root: Path) -> dict | None:
-    """What is written in root's manifest, or None where there is no readable one."""
-    try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and "settings" in manifest else None
-
-
-def is_demo(root: str | Path, settings: dict | None = None) -> bool:
-    """Whether a folder holds a complete demo set.
-
-    Args:
-        root: the folder.
-        settings: if given, what the set must have been drawn with.
-
-    Returns:
-        True if every picture that the manifest counts is there, with no byte missing.
-    """
-    root = Path(root)
-    manifest = _manifest(root)
-    if manifest is None or manifest.get("version") != DEMO_VERSION:
-        return False
-    if settings is not None and manifest.get("settings") != settings:
-        return False
-    return _image_bytes(root) == (manifest.get("images"), manifest.get("bytes"))
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Holds a lock file; the system lets go of it when its process dies."""
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def is_demo(root: str | Path) -> bool:
+    """Whether a folder holds a demo set; only a complete one has its settings written in it."""
+    return (Path(root) / SETTINGS_FILE).is_file()
 
 
 def _draw_all(root: Path, settings: dict) -> None:
-    """Writes the pictures, then the manifest, into the empty folder `root`."""
+    """Writes the pictures, then the settings, into a new folder `root`."""
     for split_id, split in enumerate(("train", "val")):
         for class_id, name in enumerate(DEMO_CLASSES):
             folder = root / split / name
@@ -252,72 +192,39 @@ def _draw_all(root: Path, settings: dict) -> None:
                 rng = np.random.default_rng([settings["seed"], split_id, class_id, index])
                 image = draw_demo_image(name, settings["size"], rng)
                 image.save(folder / f"{index:04d}.png")
-    num_images, num_bytes = _image_bytes(root)
-    manifest = {
-        "version": DEMO_VERSION,
-        "settings": settings,
-        "images": num_images,
-        "bytes": num_bytes,
-    }
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _replace(root: Path, complete: Path) -> None:
-    """Gives the complete folder its name; what was there is a damaged demo set or empty."""
-    if root.exists():
-        old = root.with_name(f".{root.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(root, old)
-        os.replace(complete, root)
-        shutil.rmtree(old)
-    else:
-        os.replace(complete, root)
+    (root / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def make_demo(
-    root: str | Path,
-    *,
-    num_train: int = 500,
-    num_val: int = 100,
-    size: int = 64,
-    seed: int = 0,
+    root: str | Path, *, num_train: int = 500, num_val: int = 100, size: int = 64, seed: int = 0
 ) -> Path:
     """Draws the demo set at root/train/CLASS/NNNN.png and root/val/CLASS/NNNN.png.
 
     A picture depends on (seed, split, class, index) and the size alone. The set is drawn in a
-    folder beside `root` and renamed when it is complete, so `root` never holds a part of it; a
-    complete set with the same settings stays as it is, a damaged or different one is replaced. A
-    folder that holds anything but a demo set is never touched. Safe with several processes.
+    folder beside `root` and renamed when it is complete, so `root` never holds a part of it, even
+    if two runs make it at once. A folder that holds anything else is never touched.
 
     Args:
-        root: folder to make; its parents are made too.
+        root: folder to make, or the complete set of an earlier call with the same settings.
         num_train: training pictures a class, 1 or more.
         num_val: validation pictures a class, 1 or more.
         size: side of a picture in pixels, 16 or more.
-        seed: of the set, 0 or more.
-
-    Returns:
-        `root` as a path.
+        seed: the set's random seed, 0 or more.
     """
     settings = {"num_train": num_train, "num_val": num_val, "size": size, "seed": seed}
     for name, least in (("num_train", 1), ("num_val", 1), ("size", 16), ("seed", 0)):
         if settings[name] < least:
-            raise ValueError(f"{name} is {settings[name]}, allowed: {least} or more")
+            raise InputError(f"{name} is {settings[name]}, allowed: {least} or more")
     root = Path(root).expanduser().absolute()
-    if is_demo(root, settings):
-        return root
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(root.with_name(f".{root.name}.lock")):
-            # Another process may have drawn it while this one waited for the lock.
-            if not is_demo(root, settings):
-                if root.exists() and _manifest(root) is None and any(root.iterdir()):
-                    raise InputError(f"{root} holds something else than a demo set; not touched")
-                partial = root.with_name(f".{root.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                _draw_all(partial, settings)
-                _replace(root, partial)
+        if not is_demo(root):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+                _draw_all(Path(folder, "new"), settings)
+                with suppress(OSError):  # another run has been quicker, or something is there
+                    os.replace(Path(folder, "new"), root)
+        if not is_demo(root) or json.loads((root / SETTINGS_FILE).read_text()) != settings:
+            raise InputError(f"{root} holds something else than this demo set; not touched")
     except OSError as error:
         raise InputError(f"cannot make the demo set in {root}: {error}") from error
     return root

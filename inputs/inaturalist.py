@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from torchvision import datasets
+from torchvision.datasets import INaturalist
 
 from inputs.images import load_image
 from utils import InputError
@@ -13,25 +13,26 @@ from utils import InputError
 INAT_CATEGORIES = {"name": "full", "full": "full", "supercategory": "super", "super": "super"}
 
 
-def build_inaturalist(
-    root: Path, is_train: bool, year: str, args: Namespace
-) -> datasets.INaturalist:
+def build_inaturalist(year: str, root: Path, is_train: bool, args: Namespace) -> INaturalist:
     """torchvision's iNaturalist, cut to the competition's train or val split.
 
     torchvision reads the images of both splits as one set, so the split comes from the
     competition's own lists of images, train2018.json and val2018.json (or 2019).
+
+    Args:
+        year: "2018" or "2019".
+        root: folder with the lists and torchvision's folder of images.
+        is_train: training or validation split.
+        args: reads inat_category and download.
     """
     if args.inat_category not in INAT_CATEGORIES:
         raise InputError(
             f"inat_category is {args.inat_category!r}, allowed for iNaturalist {year}: "
             + ", ".join(INAT_CATEGORIES)
         )
-    source = datasets.INaturalist(
-        str(root),
-        version=year,
-        target_type=INAT_CATEGORIES[args.inat_category],
-        download=args.download,
-        loader=load_image,
+    level = INAT_CATEGORIES[args.inat_category]
+    source = INaturalist(
+        root, version=year, target_type=level, download=args.download, loader=load_image
     )
     split_list = root / f"{'train' if is_train else 'val'}{year}.json"
     if not split_list.is_file():
@@ -48,11 +49,10 @@ def build_inaturalist(
     )
     if not source.index:
         raise InputError(f"none of the images listed in {split_list} is in {source.root}")
-    (target_type,) = source.target_type
-    if target_type == "full":
+    if level == "full":
         source.classes = list(source.all_categories)
         source.targets = [category for category, _ in source.index]
     else:
-        source.classes = list(source.categories_index[target_type])
-        source.targets = [source.categories_map[c][target_type] for c, _ in source.index]
+        source.classes = list(source.categories_index[level])
+        source.targets = [source.categories_map[c][level] for c, _ in source.index]
     return source

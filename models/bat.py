@@ -45,26 +45,26 @@ def _create_bat(variant: str, pretrained: bool, **kwargs) -> BATVisionTransforme
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
+        **({"patch_size": 16, "depth": 12} | kwargs),
     )
 
 
 @register_model
 def bat_deit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> BATVisionTransformer:
-    """DeiT-Ti (arXiv 2012.12877) with BAT's reduction; keywords of BATVisionTransformer."""
-    model_args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create_bat("bat_deit_tiny_patch16_224", pretrained, **(model_args | kwargs))
+    """DeiT-Ti."""
+    model_args = {"embed_dim": 192, "num_heads": 3} | kwargs
+    return _create_bat("bat_deit_tiny_patch16_224", pretrained, **model_args)
 
 
 @register_model
 def bat_deit_small_patch16_224(pretrained: bool = False, **kwargs) -> BATVisionTransformer:
-    """DeiT-S (arXiv 2012.12877) with BAT's reduction; keywords of BATVisionTransformer."""
-    model_args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create_bat("bat_deit_small_patch16_224", pretrained, **(model_args | kwargs))
+    """DeiT-S."""
+    model_args = {"embed_dim": 384, "num_heads": 6} | kwargs
+    return _create_bat("bat_deit_small_patch16_224", pretrained, **model_args)
 
 
 @register_model
 def bat_deit_base_patch16_224(pretrained: bool = False, **kwargs) -> BATVisionTransformer:
-    """DeiT-B (arXiv 2012.12877) with BAT's reduction; keywords of BATVisionTransformer."""
-    model_args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create_bat("bat_deit_base_patch16_224", pretrained, **(model_args | kwargs))
+    """DeiT-B."""
+    model_args = {"embed_dim": 768, "num_heads": 12} | kwargs
+    return _create_bat("bat_deit_base_patch16_224", pretrained, **model_args)

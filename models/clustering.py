@@ -16,27 +16,30 @@ SMALL_PRODUCT = 16  # rows up to which `inner_products` avoids the matrix produc
 
 @contextmanager
 def ieee_float32(device_type: str) -> Iterator[None]:
-    """Arithmetic in true float32: autocast off, and TF32 off as well in eager mode.
+    """Arithmetic in true float32: autocast off, and TF32 off as well on a GPU in eager mode.
 
-    A compiled or exported graph follows the process-wide `torch.set_float32_matmul_precision`: a
-    graph cannot switch a global setting. Its default ("highest") is what a stage needs.
+    No process-wide setting is touched on a CPU, nor in a compiled or exported graph, which cannot
+    switch one. There, true float32 is promised while torch's float32 precision is at its default:
+    a CPU with bfloat16 units rounds matrix products when
+    `torch.backends.mkldnn.matmul.fp32_precision` (or the setting above it) asks for less.
 
     Args:
         device_type: "cpu", "cuda", ...: whose autocast is switched off.
     """
-    graph = torch.compiler.is_compiling()
-    precision = "highest" if graph else torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    switched = device_type == "cuda" and not torch.compiler.is_compiling()
+    matmul = torch.backends.cuda.matmul
+    if switched:
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if autocast:
             with torch.autocast(device_type, enabled=False):
                 yield
         else:
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        if switched:
+            matmul.fp32_precision = precision
 
 
 def matmul_float32(left: Tensor, right: Tensor) -> Tensor:

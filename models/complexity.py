@@ -7,12 +7,14 @@ the same whatever device the model lives on. Linear layers, convolutions and mat
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .reduction import get_reduction
 from .vit import BATVisionTransformer
 
 FLOPS_PER_GMAC = 2e9  # one multiply-accumulate counts as two operations
@@ -58,29 +60,30 @@ def count_gmacs(model: nn.Module, img_size: tuple[int, int] | None = None) -> fl
 
 
 def describe(model: BATVisionTransformer) -> str:
-    """What the keep rate means: tokens and GMACs of every block and of every stage, as a table."""
+    """The model's reduction in one line, then tokens and GMACs of every block as a table."""
     gmacs = gmacs_by_module(model)
     dense_model = copy.deepcopy(model)
     dense_model.set_keep_rate(1.0)
     dense = count_gmacs(dense_model)
-    stages = {stage.block: stage for stage in model.stages()}
     columns = "{:>5}  {:>5}  {:>5}  {:>5}  {:>9}  {:>5}  {:>8}  {:>11}  {:>7}"
     names = ("block", "in", "out", "keep", "attentive", "pairs", "clusters", "inattentive", "GMACs")
     lines = [
-        f"reduction {model.reduction}, {count_parameters(model):,} parameters, "
-        f"{model.num_prefix_tokens} prefix token(s) beside the patch tokens counted below",
+        f"reduction {model.reduction}, keep rates {_join(model.keep_rates)}, "
+        f"blocks {_join(model.reduction_loc)}, cluster ratio {model.cluster_ratio:g}, "
+        f"match ratio {model.match_ratio:g}, merge weights {model.merge_weights}",
+        f"{count_parameters(model):,} parameters, {model.num_prefix_tokens} prefix token(s) "
+        "beside the patch tokens counted below",
         columns.format(*names),
     ]
+    stages = {stage.block: stage for stage in model.stages()}
     num_tokens = model.patch_embed.num_patches
     rest = gmacs[""]
     for index in range(len(model.blocks)):
-        stage = stages.get(index)
-        spent = [""] * 5
-        num_outputs = num_tokens
-        if stage:
-            budget, num_outputs = stage.budget, stage.num_outputs
-            spent = [f"{stage.keep_rate:.3g}", budget.attentive, budget.pairs, budget.clusters]
-            spent.append(budget.inattentive)
+        spent, num_outputs = [""] * 5, num_tokens
+        if index in stages:
+            budget, num_outputs = stages[index].budget, stages[index].num_outputs
+            spent = [f"{stages[index].keep_rate:.3g}", budget.attentive, budget.pairs]
+            spent += [budget.clusters, budget.inattentive]
         block_gmacs = gmacs[f"blocks.{index}"]
         lines.append(columns.format(index, num_tokens, num_outputs, *spent, f"{block_gmacs:.4f}"))
         rest -= block_gmacs
@@ -90,8 +93,16 @@ def describe(model: BATVisionTransformer) -> str:
     return "\n".join(lines)
 
 
+def _join(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values) or "none"
+
+
 def find_keep_rate(model: BATVisionTransformer, target_gmacs: float) -> float:
     """The largest keep rate, to three decimals and equal in all stages, within a budget.
+
+    A stage costs something itself, so a slightly lower keep rate may need more GMACs, and one just
+    below 1 more than the dense model. What the rest of the network needs only grows with the keep
+    rate: the search starts where that alone fits the budget, and goes down until all of it does.
 
     Args:
         model: the model; its own keep rate is not changed.
@@ -101,25 +112,44 @@ def find_keep_rate(model: BATVisionTransformer, target_gmacs: float) -> float:
         The keep rate, in (0, 1].
 
     Raises:
-        ValueError: even the smallest keep rate needs more, or the model has no stage.
+        ValueError: even the cheapest keep rate needs more, or the model has no stage.
     """
-    if not model.reduction_loc or model.reduction == "none":
+    if not model.reduction_loc or not get_reduction(model.reduction).reduces:
         raise ValueError("target GMACs need a model that reduces tokens")
     model = copy.deepcopy(model).to("meta")
+    counted: dict[tuple, tuple[float, float]] = {}
 
-    def gmacs_at(thousandths: int) -> float:
+    def count_at(thousandths: int) -> tuple[float, float]:
+        """GMACs of the whole network, and without the reducing blocks' products of tokens."""
         model.set_keep_rate(thousandths / 1000)
-        return count_gmacs(model)
+        budgets = tuple(stage.budget for stage in model.stages())
+        if budgets not in counted:
+            counted[budgets] = _count_without_stages(model)
+        return counted[budgets]
 
-    low, high = 0, 1000  # thousandths: low is too expensive only if it is 0, high + 1 always is
+    low, high = 0, 1000
     while low < high:
         middle = (low + high + 1) // 2
-        if gmacs_at(middle) <= target_gmacs:
+        if count_at(middle)[1] <= target_gmacs:
             low = middle
         else:
             high = middle - 1
+    while low > 0 and count_at(low)[0] > target_gmacs:
+        low -= 1
     if low == 0:
         raise ValueError(
-            f"target_gmacs {target_gmacs} is below the {gmacs_at(1):.4f} of the smallest keep rate"
+            f"target_gmacs {target_gmacs} is below the {count_at(1)[0]:.4f} of the smallest keep "
+            "rate"
         )
     return low / 1000
+
+
+def _count_without_stages(model: BATVisionTransformer) -> tuple[float, float]:
+    """GMACs, in all and without attention and stage of the reducing blocks."""
+    gmacs = gmacs_by_module(model, depth=3)
+    linear_layers = ("attn.qkv", "attn.proj", "mlp")
+    rest = gmacs[""]
+    for index in model.reduction_loc:
+        rest -= gmacs[f"blocks.{index}"]
+        rest += sum(gmacs[f"blocks.{index}.{name}"] for name in linear_layers)
+    return gmacs[""], rest

@@ -214,45 +214,32 @@ def bat_assignment(
     cluster_ratio: float = 0.4,
     match_ratio: float = 0.1,
 ) -> Tensor:
-    """BAT: keep the attentive tokens, match look-alikes, cluster the inattentive ones.
-
-    Args:
-        x: (B, N, D) patch tokens.
-        importance: (B, N) class-token attention to each of them.
-        keep_rate: see `token_budget`, as the two ratios.
-        cluster_ratio: 0 drops the inattentive tokens.
-        match_ratio: 0 keeps every attentive token apart.
-
-    Returns:
-        (B, N) int64 groups in 0 .. K-1, or -1 for dropped tokens: first the attentive groups by the
-        rank of the token that stays, then the clusters by score. Ties keep index order.
-
-    Raises:
-        ValueError: a rate or ratio is outside its range.
-    """
+    """`assign_bat` of tokens x (B, N, D) and their importance (B, N); see `token_budget`."""
     budget = token_budget(x.shape[1], keep_rate, cluster_ratio, match_ratio)
     if budget.keeps_all:
         return identity_assignment(x)
-    return _decouple(x.detach(), importance.detach(), budget)
+    importance = importance.detach()
+    return assign_bat(Stage(x.detach(), importance, sizes=torch.ones_like(importance)), budget)
 
 
-def _decouple(x: Tensor, importance: Tensor, budget: TokenBudget) -> Tensor:
-    """`bat_assignment` of x (B, N, D) and importance (B, N) with a budget that drops tokens."""
-    order = importance.argsort(dim=-1, descending=True, stable=True)  # (B, N)
-    ordered = gather_tokens(x, order)  # (B, N, D)
+def assign_bat(stage: Stage, budget: TokenBudget) -> Tensor:
+    """BAT: keep the attentive tokens, match look-alikes, cluster the inattentive ones.
+
+    Returns:
+        (B, N) groups in 0 .. K-1, or -1 for dropped tokens (without clusters): first the attentive
+        groups by the rank of the token that stays, then the clusters by score. Ties keep index
+        order.
+    """
+    order = stage.importance.argsort(dim=-1, descending=True, stable=True)  # (B, N)
+    ordered = gather_tokens(stage.x, order)  # (B, N, D)
     groups = match_pairs(ordered[:, : budget.attentive], budget.pairs)  # (B, A)
     inattentive = ordered[:, budget.attentive :]  # (B, M, D)
     if budget.clusters > 0:
         clusters = density_peaks(inattentive, budget.clusters) + (budget.kept - budget.clusters)
     else:
-        clusters = torch.full(inattentive.shape[:2], -1, device=x.device)  # (B, M)
+        clusters = torch.full(inattentive.shape[:2], -1, device=groups.device)  # (B, M)
     groups = torch.cat([groups, clusters], dim=1)  # (B, N) in importance order
     return torch.empty_like(groups).scatter(1, order, groups)
-
-
-def assign_bat(stage: Stage, budget: TokenBudget) -> Tensor:
-    """(B, N) see `bat_assignment`."""
-    return _decouple(stage.x, stage.importance, budget)
 
 
 def assign_topk(stage: Stage, budget: TokenBudget) -> Tensor:
@@ -306,16 +293,6 @@ def assign_random(stage: Stage, budget: TokenBudget) -> Tensor:
     return rank.masked_fill(rank >= budget.kept, -1).expand(batch, -1)
 
 
-def mean_weights(stage: Stage, budget: TokenBudget, assignment: Tensor) -> Tensor:
-    """(B, N) ones: groups become plain means."""
-    return torch.ones_like(stage.importance)
-
-
-def size_weights(stage: Stage, budget: TokenBudget, assignment: Tensor) -> Tensor:
-    """(B, N) the number of patches that each token stands for."""
-    return stage.sizes
-
-
 def fused_weights(stage: Stage, budget: TokenBudget, assignment: Tensor) -> Tensor:
     """(B, N) EViT's: 1 for a token that stays, its importance for a token of the fused one."""
     return torch.where(assignment < budget.kept, 1.0, stage.importance)
@@ -345,7 +322,6 @@ class Reduction(NamedTuple):
     def budget(
         self, num_tokens: int, keep_rate: float, cluster_ratio: float, match_ratio: float
     ) -> TokenBudget:
-        """`token_budget` for this method."""
         rate = keep_rate if self.reduces else 1.0
         return token_budget(num_tokens, rate, cluster_ratio, match_ratio)
 
@@ -364,8 +340,12 @@ REDUCTIONS: dict[str, Reduction] = {
     "evit": Reduction(
         assign_evit, fused_weights, clusters=lambda budget: 1, num_fused=1, normalize=False
     ),
-    "dpcknn": Reduction(assign_dpcknn, mean_weights, clusters=lambda budget: budget.kept),
-    "tome": Reduction(assign_tome, size_weights),
+    "dpcknn": Reduction(
+        assign_dpcknn,
+        weights=lambda stage, budget, assignment: torch.ones_like(stage.importance),
+        clusters=lambda budget: budget.kept,
+    ),
+    "tome": Reduction(assign_tome, weights=lambda stage, budget, assignment: stage.sizes),
     "random": Reduction(assign_random),
     "bat": Reduction(assign_bat, clusters=lambda budget: budget.clusters),
 }
@@ -414,9 +394,9 @@ def reduce_tokens(
         stage: the tokens, in any float type, and what belongs to them.
         method: a name in REDUCTIONS.
         keep_rate: see `token_budget`, as the two ratios.
-        cluster_ratio: share of the output tokens spent on clusters.
-        match_ratio: pairs per output token that is not a cluster.
-        merge_weights: "importance" or "mean", for methods without weights of their own.
+        cluster_ratio: see there.
+        match_ratio: see there.
+        merge_weights: one of MERGE_WEIGHTS, for methods without weights of their own.
 
     Returns:
         The tokens that leave the stage; the input itself when the stage keeps everything.

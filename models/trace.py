@@ -1,16 +1,17 @@
-"""Where every patch went: the assignments of the stages, composed. Pure functions, torch only.
+"""Where every patch went: the assignments of the stages, composed.
 
 Letters: B batch, N_0 patches of the image, N tokens entering a stage, K tokens leaving it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .reduction import group_sums
+from .vit import StageInfo
 
 
 class PatchKind(IntEnum):
@@ -30,18 +31,6 @@ class PatchTrace(NamedTuple):
     size: Tensor  # (B, N_0) int64: how many patches that token stands for; 0: dropped
 
 
-class StageShape(Protocol):
-    """What tracing reads of a stage; `models.vit.StageInfo` has it."""
-
-    @property
-    def num_outputs(self) -> int:
-        """K, the number of tokens that leave the stage."""
-
-    @property
-    def num_clusters(self) -> int:
-        """How many of the last output tokens are clusters."""
-
-
 def compose_assignments(assignments: Sequence[Tensor]) -> list[Tensor]:
     """Follows every patch through the stages: a1, a2[a1], a3[a2[a1]], ...
 
@@ -59,7 +48,7 @@ def compose_assignments(assignments: Sequence[Tensor]) -> list[Tensor]:
     return composed
 
 
-def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageShape]) -> list[PatchTrace]:
+def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) -> list[PatchTrace]:
     """Says for every patch and stage in which token it sits and what kind of token that is.
 
     A stage's last `num_clusters` outputs are clusters: such a token is `CLUSTER` when it stands
@@ -68,7 +57,7 @@ def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageShape]) -
 
     Args:
         assignments: one (B, N) int64 tensor per stage, as `forward_with_assignments` returns them.
-        stages: one entry per stage, in the same order.
+        stages: `model.stages()`, of which `num_outputs` and `num_clusters` are read.
 
     Returns:
         One trace per stage.
@@ -85,15 +74,10 @@ def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageShape]) -
     ):
         if token_kind is None:
             token_kind = torch.full_like(assignment, PatchKind.SINGLE)
-        token_size = _count(group, stage.num_outputs)  # (B, K)
+        token_size = group_sums(torch.ones_like(group), group, stage.num_outputs)  # (B, K)
         token_kind = _output_kinds(assignment, token_kind, token_size, stage)  # (B, N) -> (B, K)
-        traces.append(
-            PatchTrace(
-                group=group,
-                kind=_follow(group, token_kind, int(PatchKind.DROPPED)),
-                size=_follow(group, token_size, 0),
-            )
-        )
+        kind = _follow(group, token_kind, int(PatchKind.DROPPED))
+        traces.append(PatchTrace(group=group, kind=kind, size=_follow(group, token_size, 0)))
     return traces
 
 
@@ -103,29 +87,19 @@ def _follow(index: Tensor, table: Tensor, missing: int) -> Tensor:
     return torch.where(index >= 0, values, missing)
 
 
-def _count(assignment: Tensor, num_groups: int) -> Tensor:
-    """Counts the (B, N) entries that point to each group, as (B, K) int64; -1 is not counted."""
-    counts = assignment.new_zeros(assignment.shape[0], num_groups + 1)  # the last one takes the -1
-    slots = torch.where(assignment >= 0, assignment, num_groups)
-    return counts.scatter_add_(1, slots, torch.ones_like(slots))[:, :num_groups]  # (B, K)
-
-
 def _output_kinds(
-    assignment: Tensor, token_kind: Tensor, token_size: Tensor, stage: StageShape
+    assignment: Tensor, token_kind: Tensor, token_size: Tensor, stage: StageInfo
 ) -> Tensor:
-    """Gives the kind of each output token of one stage.
+    """(B, K) `PatchKind` of each output token of one stage.
 
     Args:
         assignment: (B, N) int64, the stage's own assignment.
         token_kind: (B, N) int64, the kinds of the tokens that enter.
         token_size: (B, K) int64, the patches that each output token stands for.
         stage: the stage's counts.
-
-    Returns:
-        (B, K) int64 `PatchKind` codes.
     """
     num_outputs = stage.num_outputs
-    num_members = _count(assignment, num_outputs)  # (B, K)
+    num_members = group_sums(torch.ones_like(assignment), assignment, num_outputs)  # (B, K)
     slots = torch.where(assignment >= 0, assignment, num_outputs)
     carried = token_kind.new_full((assignment.shape[0], num_outputs + 1), PatchKind.DROPPED)
     carried = carried.scatter_reduce(1, slots, token_kind, "amax")[:, :num_outputs]  # (B, K)
@@ -137,7 +111,7 @@ def _output_kinds(
     return torch.where(is_cluster, cluster_kind, kind)
 
 
-def _check_shapes(assignments: Sequence[Tensor], stages: Sequence[StageShape]) -> None:
+def _check_shapes(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) -> None:
     """Raises ValueError unless the assignments fit together and fit the stages."""
     if len(assignments) != len(stages):
         raise ValueError(f"{len(assignments)} assignments for {len(stages)} stages; must be equal")

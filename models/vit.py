@@ -32,18 +32,6 @@ from .reduction import (
 GLOBAL_POOLS = ("token", "avg", "max", "avgmax", "")
 
 
-class AttendedTokens(NamedTuple):
-    """Output of an attention layer that also hands out the class token's attention.
-
-    Attributes:
-        tokens: (B, L, D) attention output.
-        importance: (B, L) float32 class-token attention to each token, averaged over heads.
-    """
-
-    tokens: Tensor
-    importance: Tensor
-
-
 class ImportanceAttention(Attention):
     """timm's attention with the class token's attention row computed beside the fused kernel.
 
@@ -52,8 +40,8 @@ class ImportanceAttention(Attention):
     kernel's O(L^2); masks are left out.
     """
 
-    def attend(self, x: Tensor) -> AttendedTokens:
-        """Attention output and importance of the tokens x (B, L, D)."""
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention output (B, L, D) and importance (B, L) of the tokens x (B, L, D)."""
         batch, length, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
@@ -65,7 +53,7 @@ class ImportanceAttention(Attention):
         x = self.norm(x.transpose(1, 2).reshape(batch, length, self.attn_dim))
         if gate is not None:
             x = x * gate
-        return AttendedTokens(self.proj_drop(self.proj(x)), importance)
+        return self.proj_drop(self.proj(x)), importance
 
 
 class BATBlock(Block):
@@ -124,15 +112,15 @@ class BATBlock(Block):
         Returns:
             What the stage gives, with the prefix tokens in front: tokens (B, prefix + K, D).
         """
-        attended = self.attn.attend(self.norm1(x))
-        x = x + self.drop_path1(self.ls1(attended.tokens))
+        attended, importance = self.attn.attend(self.norm1(x))
+        x = x + self.drop_path1(self.ls1(attended))
         prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], 1)
         if sizes is None:
             sizes = torch.ones_like(patches[..., 0], dtype=torch.float32)  # (B, N)
         reduced = reduce_tokens(
             Stage(
                 x=patches,
-                importance=attended.importance[:, self.num_prefix_tokens :],
+                importance=importance[:, self.num_prefix_tokens :],
                 sizes=sizes,
                 index=self.stage,
                 seed=self.reduction_seed,
@@ -253,27 +241,13 @@ class BATVisionTransformer(VisionTransformer):
         return tuple(self.blocks[index].keep_rate for index in self.reduction_loc)
 
     def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
-        """Changes the keep rate of the same weights.
-
-        Args:
-            keep_rate: a value in (0, 1], or one per reducing block.
-
-        Raises:
-            ValueError: a value is outside (0, 1], or their number is wrong.
-        """
+        """Changes the keep rate, of all reducing blocks or of each; bad values change nothing."""
         keep_rates = expand_keep_rate(keep_rate, len(self.reduction_loc))
         for index, value in zip(self.reduction_loc, keep_rates, strict=True):
             self.blocks[index].keep_rate = value
 
     def set_reduction(self, reduction: str) -> None:
-        """Changes the method of the same weights.
-
-        Args:
-            reduction: a name in REDUCTIONS.
-
-        Raises:
-            ValueError: the method is unknown.
-        """
+        """Changes the method, a name in REDUCTIONS."""
         get_reduction(reduction)
         for index in self.reduction_loc:
             self.blocks[index].reduction = reduction
@@ -340,11 +314,7 @@ class BATVisionTransformer(VisionTransformer):
 
 
 def expand_keep_rate(keep_rate: float | Sequence[float], num_stages: int) -> tuple[float, ...]:
-    """One keep rate per stage from a float or a sequence.
-
-    Raises:
-        ValueError: a value is outside (0, 1], or there are neither one nor `num_stages` of them.
-    """
+    """One keep rate per stage; ValueError for a value outside (0, 1] or a wrong number of them."""
     values = (keep_rate,) if isinstance(keep_rate, (int, float)) else tuple(keep_rate)
     for value in values:
         check_fraction("keep_rate", value, zero=False)

@@ -13,7 +13,7 @@ python main.py --data-set DEMO --data-path "$OUTPUT/data" --output-dir "$OUTPUT"
     --src --eval-crop-ratio 1.0 --aa none --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 \
     --smoothing 0 --drop-path 0 --no-repeated-aug --no-model-ema --num-workers 1
 
-python analyze.py sweep --checkpoint "$OUTPUT/best.pth" --data-set DEMO --data-path "$OUTPUT/data" \
+python -m tools.sweep --checkpoint "$OUTPUT/best.pth" --data-set DEMO --data-path "$OUTPUT/data" \
     --eval-crop-ratio 1.0 --reduction bat --keep-rate 1.0 0.7 0.5 0.3 --num-workers 1 --output-dir "$OUTPUT/sweep"
 
 python visualize_mask.py --checkpoint "$OUTPUT/best.pth" --data-set DEMO \

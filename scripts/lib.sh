@@ -56,6 +56,8 @@ split_batch() {
 
 # Runs main.py with the given flags: alone, with torchrun, or with torchrun on every Slurm node.
 launch() {
+    # A store of its own for every restart: see https://github.com/pytorch/pytorch/issues/135712
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     if ((PROCESSES == 1)); then
         exec python main.py "$@"
     elif ((NODES == 1)); then
@@ -63,8 +65,6 @@ launch() {
     fi
     local head
     read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first of many
-    # A store of its own for every restart: see https://github.com/pytorch/pytorch/issues/135712
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     exec srun torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-id "$SLURM_JOB_ID" \
         --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" main.py "$@"
 }

@@ -1,13 +1,19 @@
-"""What the tests of the data side share: arguments, a random image, a small ImageFolder."""
+"""What the tests of the data side share: arguments, small data sets, a group of processes."""
 
+import datetime
+import multiprocessing
+import os
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
-from datasets import build_dataset
+from datasets import SampleDataset, build_dataset
 from utils import InputError
 
 
@@ -49,9 +55,54 @@ def write_image_folder(root: Path) -> Path:
     return root
 
 
+def build(is_train: bool, data_path: Path, **changes: object) -> SampleDataset:
+    """The data set of `dataset_args`."""
+    args = dataset_args(data_path, **changes)
+    return build_dataset(is_train, args, args.input_size)[0]
+
+
 def refusal(is_train: bool, args: Namespace) -> str:
     """The one-line text with which `build_dataset` refuses the arguments."""
     with pytest.raises(InputError) as error:
         build_dataset(is_train, args, args.input_size)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def note(path: Path, line: str) -> None:
+    """Adds a line to a file that several processes write."""
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+
+
+def run_group(tmp_path: Path, world_size: int, body: Callable[[int], None]) -> None:
+    """Runs body(rank) in processes that are joined by gloo, two on each machine.
+
+    The processes are forked: they have this one's patches, and `body` may be a local function.
+    """
+
+    def join(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank % 2)
+        store = dist.FileStore(str(tmp_path / "store"), world_size)
+        timeout = datetime.timedelta(seconds=60)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+        body(rank)
+        dist.destroy_process_group()
+
+    run_forked([partial(join, rank) for rank in range(world_size)])
+
+
+def run_forked(bodies: list[Callable[[], object]]) -> None:
+    """Runs each body in a process of its own, all at once; none may fail."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=body) for body in bodies]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * len(bodies)

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from conftest import (
     build_tiny,
     write_images,
 )
+from torch.distributed import DistBackendError
 
 import main
+from engine import PreemptedError
+from utils import InputError, OutputError, init_process
 
 BEST = "<best.pth>"  # stands for a good checkpoint among a case's flags
 
@@ -115,6 +119,14 @@ def test_the_base_flags_are_good(
         (["--cutmix-minmax", "0.5", "0.2"], ["--cutmix-minmax", "[0.5, 0.2]"]),
         (["--distillation-alpha", "1.5"], ["--distillation-alpha", "1.5"]),
         (["--distillation-tau", "0"], ["--distillation-tau", "0.0"]),
+        (["--sched", "plateau"], ["--sched plateau", "resumed exactly"]),
+        (["--lr-noise", "0.5", "--lr-noise-pct", "-1"], ["--lr-noise-pct", "at least 0", "-1.0"]),
+        (["--model-kwargs", "global_pool=map"], ["global_pool", "map"]),
+        (["--model-kwargs", "keep_rate=0.5"], ["keep_rate", "use --keep-rate"]),
+        (["--input-size", "4"], ["(4, 4)", "smaller than a patch"]),
+        (["--ema"], ["--ema", "--eval"]),
+        (["--checkpoint-interval", "soon"], ["--checkpoint-interval", "soon"]),
+        (["--eval-crop-ratio", "0"], ["--eval-crop-ratio", "0.0"]),
         (["--no-such-flag"], ["--no-such-flag"]),
     ],
     ids=lambda value: " ".join(value) if str(value[0]).startswith("--") else "",
@@ -344,6 +356,61 @@ def test_pickled_program_is_refused_and_not_run(
     assert_refused(done, str(path))
     torch.load(path, weights_only=False)
     assert trace.exists(), "the pickle would have done something"
+
+
+# Processes --------------------------------------------------------------------------------------
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device cuda:1 would put every process on one GPU"):
+        init_process("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "words"),
+    [
+        (DistBackendError("NCCL error\nDuplicate GPU detected"), 5, "Duplicate GPU detected"),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), 5, "Connection closed by peer"),
+        (OutputError("cannot write x: No space left"), 4, "cannot write x: No space left"),
+    ],
+)
+def test_what_the_system_says_is_printed(
+    call_main: RunMain,
+    data_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Exception,
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr(main, "train", Mock(side_effect=problem))
+    done = call_main(*flags_for(data_path))
+    assert done.returncode == code and words in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("problem", [OSError(24, "Too many open files"), RuntimeError("a bug")])
+def test_other_errors_keep_their_traceback(
+    call_main: RunMain, data_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    """They are no failure to write, and nobody could mend them from one line."""
+    monkeypatch.setattr(main, "train", Mock(side_effect=problem))
+    with pytest.raises(type(problem), match=r"open files|a bug"):
+        call_main(*flags_for(data_path))
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_only_what_was_saved_is_promised(
+    call_main: RunMain,
+    data_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: bool,
+) -> None:
+    monkeypatch.setattr(main, "train", Mock(side_effect=PreemptedError("epoch 1, step 2")))
+    done = call_main(*flags_for(data_path, *(["--output-dir", tmp_path] if folder else [])))
+    assert done.returncode == 75
+    assert ("--resume auto goes on" in done.stdout) is folder
+    assert ("nothing is saved" in done.stdout) is not folder
 
 
 # As a user sees it ------------------------------------------------------------------------------

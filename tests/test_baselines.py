@@ -17,10 +17,7 @@ from stage_helpers import (
     run_stage,
 )
 
-from models.reduction import (
-    density_peaks,
-    token_budget,
-)
+from models.reduction import density_peaks, token_budget
 
 # Density peaks over all tokens
 
@@ -28,15 +25,7 @@ from models.reduction import (
 @pytest.mark.parametrize("tokens", ["normal", "blobs", "far", "duplicates", "few", "equal", "zero"])
 @pytest.mark.parametrize(
     "num_tokens, keep_rate",
-    [
-        (1, 0.5),
-        (2, 0.5),
-        (3, 0.5),
-        (12, 0.1),
-        (25, 0.4),
-        (25, 0.9),
-        (9, 1.0),
-    ],
+    [(1, 0.5), (2, 0.5), (3, 0.5), (12, 0.1), (25, 0.4), (25, 0.9), (9, 1.0)],
 )
 def test_dpcknn(tokens, num_tokens, keep_rate):
     (x, importance), expected = draw_stage(

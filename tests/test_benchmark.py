@@ -1,30 +1,22 @@
-"""`benchmark.py` on a tiny model: the columns agree with each other. No test asserts a time."""
+"""`tools.benchmark` on a tiny model: the columns agree with each other. No test asserts a time."""
 
-import csv
+import io
 import json
-import statistics
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
-import benchmark
-from benchmarks.configurations import Choice, build_configurations, random_images
-from benchmarks.stage import run_stage, stage_calls
-from benchmarks.timing import Setting, interleaved_times, peak_mebibytes
+from models.vit import BATVisionTransformer
+from tools import benchmark, timing
+from tools.timing import Setting
 
 MODEL_FLAGS = ["--model-kwargs", "patch_size=8", "embed_dim=24", "depth=3", "num_heads=2"]
 MODEL_FLAGS += ["--reduction-loc", "1", "2", "--input-size", "32", "--keep-rate", "0.7", "0.3"]
 RUN_FLAGS = ["--device", "cpu", "--repetitions", "10", "--warmup", "1"]
 SETTING = Setting(torch.device("cpu"))
-CHOICE = Choice(
-    "bat_deit_tiny_patch16_224",
-    {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "reduction_loc": (1, 2)},
-    ("bat", "topk"),
-    (0.5,),
-)
 
 
 def run(folder: Path, *flags: str) -> dict:
@@ -32,129 +24,104 @@ def run(folder: Path, *flags: str) -> dict:
     assert benchmark.main([*MODEL_FLAGS, *RUN_FLAGS, *flags, "--output-dir", str(folder)]) == 0
     (path,) = folder.glob("*.json")
     content = json.loads(path.read_text())
-    rows = content["rows"]
-    lines = path.with_suffix(".txt").read_text().splitlines()
-    assert lines[0].split() == list(rows[0])
-    with path.with_suffix(".csv").open() as file:
-        for row, cells, line in zip(rows, csv.DictReader(file), lines[1:], strict=False):
-            assert cells == {k: "" if v is None else str(v) for k, v in row.items()}
-            shown = dict(zip(row, line.split(), strict=True))
-            for name, value in row.items():
-                assert shown[name] == "-" if value is None else _same(shown[name], value)
-    assert content["setting"]["threads"] == torch.get_num_threads()
-    assert all(line in lines for line in content["protocol"])
+    rows = pd.DataFrame(content["rows"]).astype({"keep": float})
+    text = path.with_suffix(".txt").read_text()
+    shown = pd.read_csv(io.StringIO(text.partition("\n\n")[0]), sep=r"\s+", na_values="-")
+    stored = pd.read_csv(path.with_suffix(".csv"))
+    for table in (shown, stored):
+        pd.testing.assert_frame_equal(table.astype({"keep": float}), rows, check_dtype=False)
+    assert content["setting"]["threads"] == str(torch.get_num_threads())
+    assert all(line in text.splitlines() for line in content["protocol"])
     return content
 
 
-def _same(shown: str, value: object) -> bool:
-    return shown == value if isinstance(value, str) else float(shown) == float(value)
+def build_models(img_size: tuple[int, int]) -> list[torch.nn.Module]:
+    """The models of `MODEL_FLAGS`."""
+    args = benchmark.get_parser().parse_args(MODEL_FLAGS)
+    return [candidate.model for candidate in benchmark.build_candidates(args, img_size, SETTING)]
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> object:
+    """What the table should say, whose values have four decimals."""
+    return pytest.approx(np.median(np.divide(numerators, denominators)), abs=6e-5)
 
 
 @pytest.fixture(scope="module")
 def model_report(tmp_path_factory) -> dict:
-    """One run of `--what model` that the tests below look at."""
-    flags = ("--batch-size", "1", "3", "--latency-repetitions", "4", "--break-even")
+    """One run of `--what model`."""
+    flags = ("--batch-size", "1", "3", "--latency-repetitions", "4")
     return run(tmp_path_factory.mktemp("model"), *flags)
 
 
 def test_model_rows(model_report: dict) -> None:
     rows = model_report["rows"]
-    names = [(row["reduction"], row["keep"], row["batch"]) for row in rows]
     lines = [("dense", 1.0), ("bat", 0.7), ("topk", 0.7), ("bat", 0.3), ("topk", 0.3)]
+    names = [(row["reduction"], row["keep"], row["batch"]) for row in rows]
     assert names == [(*line, batch) for batch in (1, 3) for line in lines]
     assert [row["tokens"] for row in rows[:4]] == ["16", "16>12>9", "16>12>9", "16>5>2"]
-    assert {row["break_even"] for row in rows[1:5]} <= {"1", "2", "3", "none"}
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in rows)
     assert rows[0]["memory_mib"] < rows[5]["memory_mib"]
+    assert (rows[0]["speedup"], rows[0]["limit"], rows[0]["of_limit"]) == (1, 1, 1)
+    assert rows[0]["vs_topk"] is None
 
 
 def test_model_columns_follow_from_the_timings(model_report: dict) -> None:
     seconds = {(e["batch"], e["reduction"], e["keep"]): e["seconds"] for e in model_report["raw"]}
-    gmacs = {(row["reduction"], row["keep"]): row["gmacs"] for row in model_report["rows"]}
+    dense_gmacs = model_report["rows"][0]["gmacs"]
     for row in model_report["rows"]:
-        batch, keep = row["batch"], row["keep"]
-        own, dense = seconds[batch, row["reduction"], keep], seconds[batch, "dense", 1.0]
+        own = seconds[row["batch"], row["reduction"], row["keep"]]
         assert len(own) == 10
-        assert row["images/s"] == pytest.approx(batch / statistics.median(own), abs=0.006)
-        pairs = zip(dense, own, strict=True)
-        assert row["speedup"] == pytest.approx(statistics.median(a / b for a, b in pairs), abs=6e-5)
+        assert row["images/s"] == pytest.approx(row["batch"] / np.median(own), abs=0.006)
+        assert row["speedup"] == median_ratio(seconds[row["batch"], "dense", 1.0], own)
         assert row["of_limit"] == pytest.approx(row["speedup"] / row["limit"], rel=1e-3)
-        assert row["limit"] == pytest.approx(
-            gmacs["dense", 1.0] / gmacs[row["reduction"], keep], rel=0.05
-        )
-        if row["reduction"] == "dense":
-            assert (row["speedup"], row["limit"], row["of_limit"]) == (1, 1, 1)
-            assert row["vs_topk"] is None
-            continue
-        pairs = zip(seconds[batch, "topk", keep], own, strict=True)
-        assert row["vs_topk"] == pytest.approx(statistics.median(a / b for a, b in pairs), abs=6e-5)
+        assert row["limit"] == pytest.approx(dense_gmacs / row["gmacs"], rel=0.05)
+        if row["reduction"] != "dense":
+            assert row["vs_topk"] == median_ratio(seconds[row["batch"], "topk", row["keep"]], own)
 
 
 def test_train(tmp_path: Path) -> None:
     flags = ("--what", "train", "--batch-size", "2", "--dtype", "bf16", "--reduction", "bat")
-    dense, *others = run(tmp_path, *flags)["rows"]
+    content = run(tmp_path, *flags)
+    dense = content["rows"][0]
     assert (dense["time_ratio"], dense["memory_ratio"]) == (1, 1)
-    for row in (dense, *others):
+    for row, raw in zip(content["rows"], content["raw"], strict=True):
         assert row["images/s"] == pytest.approx(2e3 / row["step_ms"], rel=0.01)
-        assert row["memory_ratio"] == pytest.approx(
-            row["memory_mib"] / dense["memory_mib"], rel=0.1
-        )
+        assert row["time_ratio"] == median_ratio(raw["seconds"], content["raw"][0]["seconds"])
+        ratio = row["memory_mib"] / dense["memory_mib"]
+        assert row["memory_ratio"] == pytest.approx(ratio, rel=0.1)
 
 
 def test_stage(tmp_path: Path) -> None:
     content = run(tmp_path, "--what", "stage", "--batch-size", "2", "--dtype", "fp16")
     assert [row["reduction"] for row in content["rows"]] == ["bat", "topk", "bat", "topk"]
     for row, raw in zip(content["rows"], content["raw"], strict=True):
-        both = [a + b for a, b in zip(*raw["stage_seconds"], strict=True)]
-        shares = [a / b for a, b in zip(both, raw["forward_seconds"], strict=True)]
-        assert row["share_all"] == pytest.approx(statistics.median(shares), abs=6e-5)
-        assert row["share_1"] > 0 and row["share_2"] > 0
+        both = np.sum(raw["stage_seconds"], axis=0)
+        assert row["share_all"] == median_ratio(both, raw["forward_seconds"])
+        assert row["share_1"] == median_ratio(raw["stage_seconds"][0], raw["forward_seconds"])
+        assert row["stage_mib"] > 0 and row["share_2"] > 0
 
 
 def test_stage_alone_does_what_it_does_in_the_model() -> None:
-    _, configuration, _ = build_configurations(CHOICE, (32, 32), SETTING)
-    images = random_images(3, (32, 32), SETTING)
-    calls = stage_calls(configuration.model, images, SETTING)
+    model = build_models((32, 32))[1]
+    images = torch.randn(3, 3, 32, 32)
+    stages = benchmark.record_stages(model, images, SETTING)
     with torch.inference_mode():
-        _, assignments = configuration.model.forward_with_assignments(images)
-        alone = [run_stage(call).assignment for call in calls]
-    assert len(alone) == 2
-    assert all(torch.equal(a, b) for a, b in zip(alone, assignments, strict=True))
-
-
-def test_data(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index in range(5):
-        pixels = rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.jpg")
-    flags = ("--what", "data", "--data-path", str(folder), "--batch-size", "2")
-    threads = torch.get_num_threads()
-    try:
-        content = run(tmp_path, *flags)
-    finally:
-        torch.set_num_threads(threads)
-    rows = content["rows"]
-    assert [row["images"] for row in rows] == [4] * 10
-    assert [row["pipeline"] for row in rows if row["step"] == "loader"] == [
-        "bat", "timm", "timm-prefetch", "bat", "timm", "timm-prefetch",
-    ]  # fmt: skip
-    for row in rows:
-        assert row["ms_per_image"] == pytest.approx(1e3 / row["images/s_per_worker"], rel=0.01)
-    for split in ("train", "eval"):
-        ratios = [
-            row["vs_timm"] for row in rows if (row["step"], row["split"]) == ("loader", split)
+        _, assignments = model.forward_with_assignments(images)
+        alone = [
+            benchmark.run_stage(model.blocks[index], inputs).assignment
+            for index, inputs in zip((1, 2), stages, strict=True)
         ]
-        assert 1 in ratios[1:]
+    assert all(torch.equal(a, b) for a, b in zip(alone, assignments, strict=True))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     runs = [lambda name=name: order.append(name) for name in "abc"]
-    times = interleaved_times(runs, 2, warmup=1, device=torch.device("cpu"), calls=2)
+    setting = SETTING._replace(warmup=1, repetitions=2)
+    times = timing.time_rounds(runs, setting, calls=2)
     assert "".join(order) == "aabbcc" + "bbccaa" + "ccaabb"
-    assert [len(seconds) for seconds in times] == [2, 2, 2]
+    assert times.shape == (3, 2)
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
@@ -164,29 +131,43 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
         second, third = torch.empty(2**18), torch.empty(2**19)
         del second, third
 
-    assert peak_mebibytes(work, torch.device("cpu"), resident=2**20) == pytest.approx(4, abs=0.01)
+    assert timing.peak_mebibytes(work, SETTING, resident=2**20) == pytest.approx(4, abs=0.01)
+
+
+def test_functions_of_one_class_are_compiled_apart() -> None:
+    """torch.compile keeps its graphs, and counts its recompilations, by code object."""
+    setting = SETTING._replace(compile_mode="default")
+    layers = [torch.nn.Linear(2, size) for size in range(1, 11)]  # more than the limit of 8
+    forwards = [timing.compiled(layer, setting) for layer in layers]
+    x = torch.ones(1, 2)
+    for layer, forward in zip(layers, forwards, strict=True):
+        torch.testing.assert_close(forward(x), layer(x))
 
 
 def test_dense_model_is_timms_with_fused_attention() -> None:
-    dense = build_configurations(CHOICE, (32, 48), SETTING)[0].model
+    dense, *reducing = build_models((32, 48))
     assert type(dense).__module__ == "timm.models.vision_transformer"
     assert all(block.attn.fused_attn for block in dense.blocks)
     assert dense.patch_embed.grid_size == (4, 6)
     assert not dense.training
+    assert all(isinstance(model, BATVisionTransformer) for model in reducing)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--keep-rate", "1.5"], "--keep-rate must be in (0, 1], got 1.5"),
+        (["--keep-rate", "1.5"], "--keep-rate: must be in (0, 1], got 1.5"),
+        (["--keep-rate", "nan"], "--keep-rate: must be in (0, 1], got nan"),
         (["--reduction", "magic"], "invalid choice: 'magic'"),
         (["--repetitions", "9"], "must be at least 10, got '9'"),
         (["--input-size", "32x"], "'32x' is neither SIDE nor HEIGHTxWIDTH"),
         (["--model", "deit_tiny_patch16_224"], "deit_tiny_patch16_224"),
+        (["--model-kwargs", "depth"], "takes KEY=VALUE pairs, got 'depth'"),
+        (["--model-kwargs", "keep_rate=0.5"], "keep_rate: use --keep-rate"),
+        (["--model-kwargs", "no_such=1"], "cannot build"),
+        (["--reduction-loc", "99"], "reduction_loc"),
         (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
-        (["--what", "train", "--break-even"], "--break-even belongs to --what model"),
-        (["--what", "data", "--data-path", "no/such"], "no such folder: no/such"),
-        (["--what", "data", "--batch-size", "1", "2"], "takes one --batch-size"),
+        (["--what", "stage", "--reduction-loc"], "needs a reducing block"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags: list[str], message: str) -> None:

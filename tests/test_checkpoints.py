@@ -12,15 +12,13 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from checkpoints import (
+    fit_weights,
     latest_checkpoint,
     load_checkpoint,
-    load_pretrained,
-    load_weights,
     model_from_checkpoint,
     model_weights,
-    save_atomically,
 )
-from utils import InputError
+from utils import InputError, OutputError, write_atomically
 
 
 def draw_images(size: int = 32) -> Tensor:
@@ -72,7 +70,7 @@ def test_deits_checkpoint_finetunes(call_main: RunMain, data_path: Path, tmp_pat
         "--batch-size", "32", "--output-dir", tmp_path / "out", "--mixup", "0", "--cutmix", "0",
     )  # fmt: skip
     assert done.returncode == 0
-    assert "not loaded from" in done.stdout and "head.weight (shape (9, 32)" in done.stdout
+    assert "not loaded from" in done.stdout and "head.weight, head.bias" in done.stdout
     assert load_checkpoint(tmp_path / "out" / "best.pth")["model_args"]["num_classes"] == 4
 
 
@@ -144,7 +142,11 @@ def test_interrupted_writing_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "checkpoint.pth"
-    save_atomically({"epoch": 1}, path)
+
+    def save(epoch: int) -> None:
+        write_atomically(path, lambda file: torch.save({"epoch": epoch}, file))
+
+    save(1)
     before = path.read_bytes()
 
     def full_disk(*args: object) -> None:
@@ -153,11 +155,11 @@ def test_interrupted_writing_leaves_the_old_file(
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full_disk)
-            with pytest.raises(OSError, match=r"cannot write checkpoint .*No space left"):
-                save_atomically({"epoch": 2}, path)
+            with pytest.raises(OutputError, match=r"cannot write .*No space left"):
+                save(2)
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["checkpoint.pth"], "no part of the new one stays"
-    save_atomically({"epoch": 2}, path)
+    save(2)
     assert load_checkpoint(path) == {"epoch": 2}
 
 
@@ -183,13 +185,13 @@ def test_model_from_checkpoint(trained: Run) -> None:
         model_from_checkpoint(checkpoint, keep_rate=2.0)
 
 
-def test_load_weights_names_keys_and_shapes() -> None:
+def test_differences_are_named_and_nothing_is_loaded() -> None:
     model = build_tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     weights = build_tiny(num_classes=9).state_dict()
     weights["surplus"] = weights.pop("norm.weight")
     with pytest.raises(InputError) as error:
-        load_weights(model, weights, "there.pth")
+        fit_weights(model, weights, "there.pth")
     text = str(error.value)
     assert text.startswith("there.pth is for another model") and "\n" not in text
     for part in (
@@ -198,29 +200,54 @@ def test_load_weights_names_keys_and_shapes() -> None:
         "head.weight (9, 32) instead of (4, 32)",
     ):
         assert part in text
+    for changes in ({"depth": 2}, {"embed_dim": 64}, {"depth": 4}):
+        with pytest.raises(InputError, match=r"wide\.pth is for another model; .*(blocks|cls)"):
+            fit_weights(model, deit_tiny(**changes).state_dict(), "wide.pth", new_head=True)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_pretrained_weights_of_another_size_and_class_count() -> None:
+def test_pretrained_weights_of_another_size_and_class_count(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     dense = deit_tiny(img_size=48, num_classes=9)
     model = build_tiny(img_size=(32, 64))
     head = model.head.weight.detach().clone()
-    left_out = load_pretrained(model, dense.state_dict(), "deit.pth")
-    assert len(left_out) == 2 and all(text.startswith("head.") for text in left_out)
+    with caplog.at_level("INFO", logger="bat"):
+        fit_weights(model, dense.state_dict(), "deit.pth", new_head=True)
+    assert caplog.messages == ["not loaded from deit.pth: head.weight, head.bias"]
     assert torch.equal(model.head.weight, head)
     expected = resample_abs_pos_embed(dense.pos_embed, new_size=(4, 8), old_size=(6, 6))
     torch.testing.assert_close(model.pos_embed, expected, rtol=0, atol=1e-6)
     assert torch.equal(model.blocks[2].mlp.fc1.weight, dense.blocks[2].mlp.fc1.weight)
 
 
+def write_flat(path: Path, size: tuple[int, int]) -> Tensor:
+    """A checkpoint of a model for images that are not square; returns its position embedding."""
+    source = build_tiny(img_size=size)
+    model_args = {"model_name": "bat_deit_tiny_patch16_224", **TINY, "img_size": size}
+    torch.save({"model": source.state_dict(), "model_args": model_args}, path)
+    return source.pos_embed.detach()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((16, 64), (32, 128)), ((48, 40), (32, 32)), ((64, 16), (32, 32))]
+)
+def test_positions_are_resampled_from_their_own_grid(
+    tmp_path: Path, old: tuple[int, int], new: tuple[int, int]
+) -> None:
+    """The number of patches does not say whether they were a square: the file does."""
+    positions = write_flat(tmp_path / "flat.pth", old)
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "flat.pth"), img_size=new)
+    old_grid, new_grid = ([length // 8 for length in size] for size in (old, new))
+    expected = resample_abs_pos_embed(positions, new_size=new_grid, old_size=old_grid)
+    torch.testing.assert_close(model.pos_embed, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(48, 32), (64, 16)], ids=["other count", "same count"])
 def test_finetuning_from_an_input_that_is_not_square(
     call_main: RunMain, data_path: Path, tmp_path: Path, size: tuple[int, int]
 ) -> None:
-    """The checkpoint says what its grid was; the number of patches alone does not."""
-    source = build_tiny(img_size=size)
-    model_args = {"model_name": "bat_deit_tiny_patch16_224", **TINY, "img_size": size}
-    torch.save({"model": source.state_dict(), "model_args": model_args}, tmp_path / "flat.pth")
+    positions = write_flat(tmp_path / "flat.pth", size)
     done = call_main(
         "--finetune", tmp_path / "flat.pth", "--input-size", "32", *RUN_FLAGS, "--epochs", "1",
         "--data-path", data_path, "--batch-size", "32", "--lr", "0", "--min-lr", "0",
@@ -228,27 +255,21 @@ def test_finetuning_from_an_input_that_is_not_square(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     grid = (size[0] // 8, size[1] // 8)
-    expected = resample_abs_pos_embed(source.pos_embed, new_size=(4, 4), old_size=grid)
+    expected = resample_abs_pos_embed(positions, new_size=(4, 4), old_size=grid)
     found = load_checkpoint(tmp_path / "out" / "checkpoint.pth")["model"]["pos_embed"]
-    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_pretrained_distilled_deit_loses_its_second_token() -> None:
+def test_pretrained_distilled_deit_loses_its_second_token(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     keywords = {name: value for name, value in TINY.items() if name != "reduction_loc"}
     distilled = randomise(timm.create_model("deit_tiny_distilled_patch16_224", **keywords))
     model = build_tiny()
-    left_out = load_pretrained(model, distilled.state_dict(), "distilled.pth")
-    names = {text.split()[0] for text in left_out}
+    with caplog.at_level("INFO", logger="bat"):
+        fit_weights(model, distilled.state_dict(), "distilled.pth", new_head=True)
+    names = set(caplog.messages[0].partition(": ")[2].split(", "))
     assert names == {"dist_token", "head_dist.weight", "head_dist.bias"}
     embedding = distilled.pos_embed
     assert torch.equal(model.pos_embed[:, 0], embedding[:, 0]), "the class token's"
     assert torch.equal(model.pos_embed[:, 1:], embedding[:, 2:]), "the patches'"
-
-
-def test_pretrained_weights_of_another_architecture_change_nothing() -> None:
-    model = build_tiny()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for changes in ({"depth": 2}, {"embed_dim": 64}, {"depth": 4}):
-        with pytest.raises(InputError, match=r"wide\.pth is for another model; (blocks|cls_token)"):
-            load_pretrained(model, deit_tiny(**changes).state_dict(), "wide.pth")
-        assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())

@@ -75,6 +75,24 @@ def test_one_graph_for_all_batch_sizes_with_gradients_and_without() -> None:
             assert counter.frame_count == 2, f"compiled again for a batch of {batch_size}"
 
 
+def test_a_changing_keep_rate_stays_a_constant() -> None:
+    """A float attribute would become a symbol of the second graph, and that graph takes minutes."""
+    model = build_tiny(keep_rate=0.7, depth=1, reduction_loc=(0,))
+    compiled, counter = compile_counted(model.forward_with_assignments, "eager")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for number, keep_rate in enumerate((0.7, 0.5, 0.35), start=1):
+            model.set_keep_rate(keep_rate)
+            logits, assignments = compiled(images)
+            expected, expected_assignments = model.forward_with_assignments(images)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+            assert all(map(torch.equal, assignments, expected_assignments))
+            assert counter.frame_count == number
+    values = [node.meta.get("example_value") for g in counter.graphs for node in g.graph.nodes]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    assert len(tensors) > 100 and all(type(n) is int for t in tensors for n in t.shape)
+
+
 def test_generated_code_computes_the_same() -> None:
     """Inductor's C++ kernels; its decompositions alone where there is no compiler for them."""
     has_compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))

@@ -18,8 +18,8 @@ from fault_helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints import latest_checkpoint, load_checkpoint, save_atomically
-from utils import InputError
+from checkpoints import latest_checkpoint, load_checkpoint
+from utils import InputError, write_atomically
 
 pytest_plugins = ("fault_fixtures",)
 
@@ -37,7 +37,7 @@ STORED = {
 def stored_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pth"
-        save_atomically(STORED, path)
+        write_atomically(path, lambda file: torch.save(STORED, file))
         return path.read_bytes()
 
 

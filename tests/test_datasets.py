@@ -1,38 +1,44 @@
-"""Data sets: the same images on any machine, policies for bad ones, bad input."""
+"""Data sets: the same images on any machine, policies for bad ones, bad input, one download."""
 
 import json
 import pickle
 import random
 import shutil
+import time
 import traceback
+from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets
-from data_helpers import dataset_args, random_image, refusal, write_image_folder
+from data_helpers import (
+    build,
+    dataset_args,
+    note,
+    random_image,
+    refusal,
+    run_group,
+    write_image_folder,
+)
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from datasets import (
-    DATA_SETS,
-    BadImageError,
-    SampleDataset,
-    SampleKey,
-    build_dataset,
-    build_transform,
-    check_same_classes,
-)
-from inputs.images import ResizeToCover, allow_posterize_to_black
-from samplers import EvalSampler, TrainSampler
-from utils import InputError
+import arguments
+from datasets import DATA_SETS, SampleDataset, build_dataset, build_transform, check_same_classes
+from inputs.images import BadImageError, ResizeToCover, allow_posterize_to_black
+from main import build_datasets
+from samplers import EvalSampler, SampleKey, TrainSampler
+from utils import InputError, in_turns
 
 # ImageNet's, written out as an independent check.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def _load(dataset: SampleDataset, keys: list, num_workers: int) -> Tensor:
 
 
 def test_images_do_not_depend_on_workers(folder: Path) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
+    dataset = build(True, folder)
     keys = list(TrainSampler(len(dataset), seed=1, num_repeats=3))
     alone = _load(dataset, keys, 0)
     torch.manual_seed(99)
@@ -59,17 +65,17 @@ def test_images_do_not_depend_on_workers(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", ["index", "epoch", "repetition", "seed"])
 def test_each_part_of_the_key_changes_the_augmentation(folder: Path, change: str) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
-    other_dataset, _ = build_dataset(True, dataset_args(folder, seed=4))
-    key = SampleKey(0, 0, 0)
-    other_key = key if change == "seed" else key._replace(**{change: 1})
-    other = (other_dataset if change == "seed" else dataset)[other_key]
+    dataset, key = build(True, folder), SampleKey(0, 0, 0)
+    if change == "seed":
+        other = build(True, folder, seed=4)[key]
+    else:
+        other = dataset[key._replace(**{change: 1})]
     assert not torch.equal(dataset[key][0], other[0])
     assert torch.equal(dataset[key][0], dataset[key][0])
 
 
 def test_resuming_within_an_epoch_gives_the_same_images(folder: Path) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
+    dataset = build(True, folder)
     sampler = TrainSampler(len(dataset), seed=2)
     sampler.set_epoch(7)
     whole = torch.cat([batch[0] for batch in DataLoader(dataset, 2, sampler=sampler)])
@@ -79,7 +85,7 @@ def test_resuming_within_an_epoch_gives_the_same_images(folder: Path) -> None:
 
 
 def test_the_process_keeps_its_own_random_streams(folder: Path) -> None:
-    dataset, _ = build_dataset(True, dataset_args(folder))
+    dataset = build(True, folder)
 
     def draws(read: bool) -> tuple[float, float, float]:
         random.seed(1)
@@ -93,10 +99,9 @@ def test_the_process_keeps_its_own_random_streams(folder: Path) -> None:
 
 
 def test_evaluation_is_not_random(folder: Path) -> None:
-    dataset, num_classes = build_dataset(False, dataset_args(folder))
+    dataset, num_classes = build_dataset(False, dataset_args(folder), 48)
     first, second = _load(dataset, list(EvalSampler(6)), 0), _load(dataset, list(range(6)), 2)
-    assert torch.equal(first, second)
-    assert first.shape == (6, 3, 48, 48) and first.dtype == torch.float32
+    assert torch.equal(first, second) and first.shape == (6, 3, 48, 48)
     assert num_classes == 2 and dataset.classes == ["ant", "bee"]
     assert [dataset[i][1] for i in range(6)] == [0, 0, 0, 1, 1, 1]
 
@@ -114,14 +119,13 @@ def test_evaluation_matches_torchvision() -> None:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    transform = build_transform(False, dataset_args("", input_size=224))
+    transform = build_transform(False, dataset_args(""), 224)
     assert torch.equal(transform(image), reference(image))
 
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "none"])
 def test_training_matches_timm(aa: str) -> None:
-    args = dataset_args("", input_size=64, aa=aa)
-    ours = build_transform(True, args)
+    ours = build_transform(True, dataset_args("", aa=aa), 64)
     theirs = create_transform(
         64, is_training=True, color_jitter=0.3, auto_augment=aa if aa != "none" else None,
         interpolation="random", re_prob=0.9, re_mode="pixel", re_count=2,
@@ -139,20 +143,20 @@ def test_training_matches_timm(aa: str) -> None:
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-@pytest.mark.parametrize("input_size", [16, 32, 33, 64, [48], (32, 64), (96, 40)])
+@pytest.mark.parametrize("input_size", [16, 32, 33, 64, [48, 48], (32, 64), (96, 40)])
 @pytest.mark.parametrize("source_size", [(1, 1), (20, 9), (32, 32), (64, 200)])
 def test_every_input_size_from_every_image_size(
     is_train: bool, input_size: int | tuple[int, int], source_size: tuple[int, int]
 ) -> None:
     image = random_image(np.random.default_rng(2), *source_size)
-    transform = build_transform(is_train, dataset_args("", input_size=input_size))
+    transform = build_transform(is_train, dataset_args(""), input_size)
     sizes = [input_size] if isinstance(input_size, int) else list(input_size)
     assert transform(image).shape == (3, sizes[0], sizes[-1])
 
 
 def test_small_inputs_keep_cifars_pixels() -> None:
     image = random_image(np.random.default_rng(3), 32, 32)
-    values = build_transform(False, dataset_args("", input_size=32))(image)
+    values = build_transform(False, dataset_args(""), 32)(image)
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(((values * std + mean) * 255).round().byte(), pixels)
@@ -164,11 +168,21 @@ def test_very_long_images_stay_small_in_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"aa": "nonsense"}, {"aa": "rand-zz5"}, {"remode": "x"}, {"input_size": 0}]
+    ("is_train", "changes", "name"),
+    [
+        (True, {"aa": "nonsense"}, "aa='nonsense'"),
+        (True, {"aa": "rand-zz5"}, "aa='rand-zz5'"),
+        (True, {"remode": "x"}, "remode='x'"),
+        (True, {"input_size": 0}, "input_size is 0, allowed"),
+        (False, {"input_size": (32, 32, 3)}, "input_size is .* allowed"),
+        (False, {"eval_crop_ratio": 0.0}, "eval_crop_ratio is 0.0, allowed"),
+        (False, {"eval_crop_ratio": 1.5}, "eval_crop_ratio is 1.5, allowed"),
+    ],
 )
-def test_wrong_augmentation_is_one_line(changes: dict) -> None:
-    with pytest.raises(InputError) as error:
-        build_transform(True, dataset_args("", **changes))
+def test_wrong_transforms_are_one_line(is_train: bool, changes: dict, name: str) -> None:
+    args = dataset_args("", **changes)
+    with pytest.raises(InputError, match=name) as error:
+        build_transform(is_train, args, args.input_size)
     assert "\n" not in str(error.value)
 
 
@@ -176,27 +190,22 @@ def test_wrong_augmentation_is_one_line(changes: dict) -> None:
     "aa", ["rand-m10-n9-inc1", "rand-m10-n9-inc0", "rand-m9-mstd0.5-inc1", "augmix", "v0", "3a"]
 )
 def test_auto_augment_at_any_magnitude(aa: str) -> None:
-    transform = build_transform(True, dataset_args("", aa=aa, input_size=16))
-    source = [(random_image(np.random.default_rng(8), 20, 20), 0)]
-    dataset = SampleDataset(source, transform, targets=[0], classes=["a"], image_size=(16, 16))
-    for epoch in range(150):
-        assert dataset[SampleKey(0, epoch, 0)][0].isfinite().all()
+    transform = build_transform(True, dataset_args("", aa=aa), 16)
+    image = random_image(np.random.default_rng(8), 20, 20)
+    for seed in range(150):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert transform(image).isfinite().all()
 
 
-@pytest.mark.parametrize("bits", range(9))
-def test_posterize(bits: int) -> None:
-    transform = build_transform(True, dataset_args("", aa="rand-m9-inc1"))
+def test_posterize() -> None:
+    transform = build_transform(True, dataset_args("", aa="rand-m9-inc1"), 48)
     (augment,) = (step for step in transform.transforms if hasattr(step, "ops"))
     (operation,) = (step for step in augment.ops if step.name.startswith("Posterize"))
     image = random_image(np.random.default_rng(9))
-    expected = np.asarray(image) >> (8 - bits) << (8 - bits)
-    assert np.array_equal(np.asarray(operation.aug_fn(image, bits)), expected)
-
-
-@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])
-def test_wrong_crop_ratio(ratio: float) -> None:
-    with pytest.raises(InputError, match="eval_crop_ratio"):
-        build_transform(False, dataset_args("", eval_crop_ratio=ratio))
+    for bits in range(9):
+        expected = np.asarray(image) >> (8 - bits) << (8 - bits)
+        assert np.array_equal(np.asarray(operation.aug_fn(image, bits)), expected)
 
 
 # Policies for bad images ------------------------------------------------------------------------
@@ -206,28 +215,25 @@ def test_wrong_crop_ratio(ratio: float) -> None:
 def test_error_policy_reaches_the_training_process(folder: Path, num_workers: int) -> None:
     bad = folder / "train" / "bee" / "2.png"
     bad.write_bytes(b"")
-    dataset, _ = build_dataset(True, dataset_args(folder))
-    keys = [SampleKey(index, 0, 0) for index in range(8)]
+    dataset = build(True, folder)
     with pytest.raises(BadImageError) as error:
-        _load(dataset, keys, num_workers)
+        _load(dataset, [SampleKey(index, 0, 0) for index in range(8)], num_workers)
     # The traceback keeps the loader alive in a reference cycle; ended by the garbage collector, its
     # worker would be waited for during five seconds of some later test.
     traceback.clear_frames(error.tb)
     assert str(error.value).startswith(f"cannot read image {bad}: ")
     assert "\n" not in str(error.value)
-    assert isinstance(error.value, InputError)
 
 
 def test_skip_policy_replaces_in_training(folder: Path) -> None:
-    clean, _ = build_dataset(True, dataset_args(folder))
+    clean = build(True, folder)
     (folder / "train" / "bee" / "2.png").write_bytes(b"")
-    dataset, _ = build_dataset(True, dataset_args(folder, bad_images="skip"))
+    dataset = build(True, folder, bad_images="skip")
     keys = [SampleKey(index, epoch, 0) for epoch in range(4) for index in range(8)]
     samples = [dataset[key] for key in keys]
     assert [is_bad for _, _, is_bad in samples] == [int(key.index == 6) for key in keys]
     for key, (image, target, is_bad) in zip(keys, samples, strict=True):
-        if not is_bad:
-            assert torch.equal(image, clean[key][0]) and target == clean[key][1]
+        assert is_bad or (torch.equal(image, clean[key][0]) and target == clean[key][1])
     replaced = torch.stack([image for image, _, is_bad in samples if is_bad])
     again = _load(dataset, [key for key in keys if key.index == 6], 1)
     assert torch.equal(replaced, again), "the replacement depends on the key alone"
@@ -235,24 +241,17 @@ def test_skip_policy_replaces_in_training(folder: Path) -> None:
 
 def test_skip_policy_gives_zeros_in_evaluation(folder: Path) -> None:
     (folder / "val" / "bee" / "1.png").write_bytes(b"")
-    dataset, _ = build_dataset(False, dataset_args(folder, bad_images="skip", input_size=(48, 32)))
-    image, target, is_bad = dataset[4]
-    assert image.shape == (3, 48, 32) and not image.any()
-    assert (target, is_bad) == (1, 1)
+    dataset = build(False, folder, bad_images="skip", input_size=(48, 32))
+    image, target, _ = dataset[4]
+    assert image.shape == (3, 48, 32) and not image.any() and target == 1
     assert [dataset[i][2] for i in range(6)] == [0, 0, 0, 0, 1, 0]
 
 
 def test_skip_policy_gives_up_when_nothing_is_readable(folder: Path) -> None:
     for path in folder.glob("train/*/*.png"):
         path.write_bytes(b"")
-    dataset, _ = build_dataset(True, dataset_args(folder, bad_images="skip"))
     with pytest.raises(BadImageError, match=r"cannot read image .*ant/0\.png.*in its place"):
-        dataset[SampleKey(0, 0, 0)]
-
-
-def test_unknown_policy(folder: Path) -> None:
-    with pytest.raises(InputError, match="bad_images is 'ignore', allowed: error, skip"):
-        build_dataset(True, dataset_args(folder, bad_images="ignore"))
+        build(True, folder, bad_images="skip")[SampleKey(0, 0, 0)]
 
 
 # Bad input --------------------------------------------------------------------------------------
@@ -260,80 +259,89 @@ def test_unknown_policy(folder: Path) -> None:
 
 def test_bad_folders(folder: Path) -> None:
     assert "does not exist" in refusal(True, dataset_args(folder / "nowhere"))
-    file = folder / "file"
-    file.write_text("")
-    assert "is not a folder" in refusal(True, dataset_args(file))
+    (folder / "file").write_text("")
+    assert "is not a folder" in refusal(True, dataset_args(folder / "file"))
+    (folder / "train").rename(folder / "training")
+    assert len(build(False, folder)) == 6
+    assert "evaluation val/ only" in refusal(True, dataset_args(folder))
     (folder / "val" / "cow").mkdir()
-    text = refusal(False, dataset_args(folder))
-    assert f"no image in class folder cow of {folder / 'val'}" in text
+    assert "no valid file for the classes cow" in refusal(False, dataset_args(folder))
     shutil.rmtree(folder / "val")
-    assert "no folder val/" in refusal(False, dataset_args(folder))
+    assert f"No such file or directory: '{folder}/val'" in refusal(False, dataset_args(folder))
     (folder / "val").mkdir()
-    assert "no class folder" in refusal(False, dataset_args(folder))
-    assert len(build_dataset(True, dataset_args(folder))[0]) == 8
+    assert f"any class folder in {folder}/val" in refusal(False, dataset_args(folder))
 
 
-def test_evaluation_needs_val_only(folder: Path) -> None:
-    shutil.rmtree(folder / "train")
-    assert len(build_dataset(False, dataset_args(folder))[0]) == 6
-    text = refusal(True, dataset_args(folder))
-    assert "no folder train/" in text and "evaluation needs val/ only" in text
-
-
-def test_unknown_data_set_lists_the_choices(folder: Path) -> None:
+def test_unknown_choices_list_the_allowed_ones(folder: Path) -> None:
+    allowed = "IMNET, CIFAR10, CIFAR100, CIFAR, INAT, INAT19, DEMO"
     text = refusal(True, dataset_args(folder, data_set="MNIST"))
-    assert "MNIST" in text and all(name in text for name in DATA_SETS)
+    assert text == f"data_set is 'MNIST', allowed: {allowed}"
+    text = refusal(True, dataset_args(folder, bad_images="ignore"))
+    assert text == "bad_images is 'ignore', allowed: error, skip"
+
+
+def test_choices_are_those_of_the_command_line() -> None:
+    assert tuple(DATA_SETS) == arguments.DATA_SETS
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19"])
 def test_missing_torchvision_data_sets_say_what_to_do(tmp_path: Path, name: str) -> None:
     text = refusal(True, dataset_args(tmp_path, data_set=name))
-    assert name in text and str(tmp_path) in text and "--download" in text
+    assert text.startswith(f"cannot read {name} in {tmp_path} (--download fetches it): ")
     assert "does not exist" in refusal(True, dataset_args(tmp_path / "nowhere", data_set=name))
 
 
 def test_different_classes_are_named(folder: Path) -> None:
-    train, _ = build_dataset(True, dataset_args(folder))
-    val, _ = build_dataset(False, dataset_args(folder))
+    train, val = build(True, folder), build(False, folder)
     check_same_classes(train, val)
-    (folder / "val" / "bee").rename(folder / "val" / "wasp")
-    val, _ = build_dataset(False, dataset_args(folder))
-    with pytest.raises(InputError, match="only in train: bee; only in val: wasp"):
-        check_same_classes(train, val)
-    val.classes = [f"class {index}" for index in range(9)]
-    with pytest.raises(InputError, match="class 4 and 4 more"):
-        check_same_classes(train, val)
-    val.classes = ["bee", "ant"]
-    with pytest.raises(InputError, match="another order"):
-        check_same_classes(train, val)
+    many = [f"class {index}" for index in range(99)]
+    for classes, text in (
+        (["ant", "wasp"], "only in train: bee; only in val: wasp"),
+        (many, r"class 0, class 1, class 10, .* \[\.\.\.\]$"),
+        (["bee", "ant"], "another order"),
+    ):
+        val.classes = classes
+        with pytest.raises(InputError, match=text):
+            check_same_classes(train, val)
 
 
 # torchvision's data sets ------------------------------------------------------------------------
 
 
-def _write_pickle(path: Path, content: dict) -> None:
-    path.write_bytes(pickle.dumps(content))
+CIFAR_TARGETS = [9, 0, 3, 3, 1]
+CIFAR_PIXELS = np.random.default_rng(6).integers(0, 256, (5, 3072), dtype=np.uint8)
 
 
-def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = tmp_path / "cifar-10-batches-py"
-    batches.mkdir()
-    pixels = np.random.default_rng(6).integers(0, 256, (5, 3072), dtype=np.uint8)
-    for name in ("train", "test"):
-        _write_pickle(batches / name, {"data": pixels, "labels": [9, 0, 3, 3, 1]})
-    _write_pickle(batches / "meta", {"label_names": [f"c{index}" for index in range(10)]})
+def write_cifar10(root: Path) -> None:
+    """Five images that are the training and the validation set."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    batch = pickle.dumps({"data": CIFAR_PIXELS, "labels": CIFAR_TARGETS})
+    (folder / "batch").write_bytes(batch)
+    names = pickle.dumps({"label_names": [f"c{index}" for index in range(10)]})
+    (folder / "meta").write_bytes(names)
+
+
+@pytest.fixture
+def cifar10(monkeypatch: pytest.MonkeyPatch) -> type[torchvision.datasets.CIFAR10]:
+    """torchvision's class, reading what `write_cifar10` writes."""
     source = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(source, "train_list", [["train", None]])
-    monkeypatch.setattr(source, "test_list", [["test", None]])
+    monkeypatch.setattr(source, "train_list", [["batch", None]])
+    monkeypatch.setattr(source, "test_list", [["batch", None]])
     monkeypatch.setattr(source, "meta", {"filename": "meta", "key": "label_names", "md5": None})
-    train_args = dataset_args(tmp_path, data_set="CIFAR10", input_size=64)
-    train, num_classes = build_dataset(True, train_args)
-    val, _ = build_dataset(False, dataset_args(tmp_path, data_set="CIFAR10", input_size=32))
-    assert num_classes == 10 and len(train) == 5
+    return source
+
+
+@pytest.mark.usefixtures("cifar10")
+def test_cifar10(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    train = build(True, tmp_path, data_set="CIFAR10", input_size=64)
+    val = build(False, tmp_path, data_set="CIFAR10", input_size=32)
+    assert len(val.classes) == 10 and len(train) == 5
     assert train[SampleKey(0, 0, 0)][0].shape == (3, 64, 64)
-    assert [val[index][1] for index in range(5)] == [9, 0, 3, 3, 1]
+    assert [val[index][1] for index in range(5)] == CIFAR_TARGETS
     red = ((val[2][0][0] * STD[0] + MEAN[0]) * 255).round().byte()
-    assert torch.equal(red.flatten(), torch.from_numpy(pixels[2, :1024]))
+    assert torch.equal(red.flatten(), torch.from_numpy(CIFAR_PIXELS[2, :1024]))
     check_same_classes(train, val)
 
 
@@ -360,9 +368,8 @@ def test_inaturalist(
     inaturalist: Path, category: str, targets: list[int], num_classes: int
 ) -> None:
     for is_train in (True, False):
-        args = dataset_args(inaturalist, data_set="INAT", inat_category=category)
-        dataset, classes = build_dataset(is_train, args)
-        assert classes == num_classes and len(dataset) == 3
+        dataset = build(is_train, inaturalist, data_set="INAT", inat_category=category)
+        assert len(dataset.classes) == num_classes and len(dataset) == 3
         assert [dataset[index][1] for index in range(3)] == targets == dataset.targets.tolist()
         assert {name for _, name in dataset.source.index} == {f"{1 - is_train}.jpg"}
 
@@ -376,3 +383,46 @@ def test_inaturalist_says_what_is_missing(inaturalist: Path) -> None:
     assert "none of the images" in refusal(False, args)
     (inaturalist / "val2018.json").unlink()
     assert "val2018.json does not exist" in refusal(False, args)
+
+
+# Several processes ------------------------------------------------------------------------------
+
+
+def test_one_process_downloads_and_the_others_wait(
+    cifar10: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, root = tmp_path / "events", tmp_path / "data"
+
+    def download(dataset: torchvision.datasets.CIFAR10) -> None:
+        if not root.exists():
+            note(events, "begins")
+            time.sleep(0.5)
+            write_cifar10(root)
+            note(events, "ends")
+
+    def body(rank: int) -> None:
+        args = Namespace(**vars(dataset_args(root, data_set="CIFAR10", download=True)), eval=False)
+        train, val = build_datasets(args, (32, 32), CPU)
+        note(events, f"{len(train)} and {len(val)} images")
+
+    monkeypatch.setattr(cifar10, "download", download)
+    run_group(tmp_path, 2, body)
+    assert events.read_text().splitlines() == ["begins", "ends"] + ["5 and 5 images"] * 2
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_processes_take_turns(tmp_path: Path, failing: int | None) -> None:
+    events = tmp_path / "events"
+
+    def body(rank: int) -> None:
+        with suppress(InputError), in_turns(CPU):
+            note(events, f"{rank} begins")
+            time.sleep(0.1)
+            note(events, f"{rank} ends")
+            if rank == failing:
+                raise InputError("refused")
+        note(events, "after")
+
+    run_group(tmp_path, 3, body)  # rank 2 is the first of the second machine
+    turns = [f"{rank} {what}" for rank in (0, 2, 1) for what in ("begins", "ends")]
+    assert events.read_text().splitlines() == turns + ["after"] * 3

@@ -7,15 +7,15 @@ all keep rates instead of one.
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from conftest import TINY, build_tiny, draw_batch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-import export
-from models import BATVisionTransformer
 from models.reduction import bat_assignment
+from tools import export
 
-HAS_ONNX = all(export.is_installed(name) for name in export.EXTRAS)
+HAS_ONNX = not export.missing_extras()
 needs_onnx = pytest.mark.skipif(
     not HAS_ONNX, reason="optional: pip install -r requirements-export.txt"
 )
@@ -24,115 +24,105 @@ KEEP_RATES = (0.7, 0.4, 0.1)
 CASES = [("pt2", rate) for rate in (KEEP_RATES[:1] if HAS_ONNX else KEEP_RATES)]
 CASES += [pytest.param("onnx", rate, marks=needs_onnx) for rate in KEEP_RATES]
 IMG_SIZE = (32, 48)
-MODEL_FLAGS = ["--input-size", "32", "48", "--reduction-loc", "1", "--nb-classes", "5"]
-MODEL_FLAGS += ["--model-kwargs", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=2"]
+SMALL = {"img_size": IMG_SIZE, "depth": 2, "reduction_loc": (1,)}
+SMALL_FLAGS = ["--input-size", "32", "48", "--reduction-loc", "1", "--nb-classes", "4"]
+SMALL_FLAGS += ["--model", "bat_deit_tiny_patch16_224", "--model-kwargs"]
+SMALL_FLAGS += ["patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
 
 
-def small_model(**changes: object) -> BATVisionTransformer:
-    """A model of 24 patches with weights large enough that logits depend on the tokens."""
-    torch.manual_seed(0)
-    keywords = {
-        "img_size": IMG_SIZE,
-        "patch_size": 8,
-        "embed_dim": 24,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": 5,
-        "reduction_loc": (1,),
-    }
-    model = timm.create_model("bat_deit_tiny_patch16_224", **keywords | changes).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10)
-    return model
-
-
-def write(model: BATVisionTransformer, path: Path) -> export.TracedModel:
-    """Exports the logits and the assignments of a model."""
-    module = export.TracedModel(model)
-    images = torch.zeros(export.TRACED_BATCH, 3, *model.patch_embed.img_size)
-    export.export_file(module, images, path)
+def write(model: nn.Module, path: Path) -> nn.Module:
+    """Exports the logits and the assignments of a model; returns what was exported."""
+    module = export.ExportedModel(model, assignments=True).eval()
+    export.export_file(module, torch.zeros(2, 3, *model.patch_embed.img_size), path)
     return module
 
 
-def run_file(path: Path, images: Tensor) -> list[Tensor]:
-    """Outputs of an exported file."""
-    load = export.load_onnx if path.suffix == ".onnx" else export.load_program
-    return list(load(path)(images))
+@torch.no_grad()
+def agrees(module: nn.Module, path: Path, inputs: Tensor) -> bool:
+    """Whether a file has the module's logits and its very assignments."""
+    (logits, *assignments), (own, *own_assignments) = export.load_file(path)(inputs), module(inputs)
+    pairs = zip(assignments, own_assignments, strict=True)
+    return (logits - own).abs().max() <= 1e-4 and all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize(("suffix", "keep_rate"), CASES)
 def test_file_agrees_with_model(tmp_path: Path, suffix: str, keep_rate: float) -> None:
     path = tmp_path / f"model.{suffix}"
-    module = write(small_model(keep_rate=keep_rate), path)
+    module = write(build_tiny(**SMALL, keep_rate=keep_rate), path)
     for batch_size in (1, 5):
-        images = torch.randn(batch_size, 3, *IMG_SIZE)
-        with torch.no_grad():
-            expected = module(images)
-        actual = run_file(path, images)
-        assert (expected[0] - actual[0]).abs().max() <= export.MAX_DIFFERENCE
-        assert len(actual) == 2
-        assert torch.equal(expected[1], actual[1])
+        assert agrees(module, path, draw_batch(batch_size, 3, *IMG_SIZE))
 
 
 def test_every_method_in_one_graph(tmp_path: Path) -> None:
     methods = ("evit", "tome", "random", "dpcknn")
-    model = small_model(depth=len(methods), reduction_loc=tuple(range(len(methods))), keep_rate=0.8)
+    model = build_tiny(img_size=IMG_SIZE, depth=4, reduction_loc=(0, 1, 2, 3), keep_rate=0.8)
     for block, method in zip(model.blocks, methods, strict=True):
         block.reduction = method
     path = tmp_path / ("model.onnx" if HAS_ONNX else "model.pt2")
-    module = write(model, path)
-    images = torch.randn(3, 3, *IMG_SIZE)
-    with torch.no_grad():
-        expected = module(images)
-    actual = run_file(path, images)
-    for a, b in zip(expected[1:], actual[1:], strict=True):
-        assert torch.equal(a, b)
-    assert (expected[0] - actual[0]).abs().max() <= export.MAX_DIFFERENCE
+    assert agrees(write(model, path), path, draw_batch(3, 3, *IMG_SIZE))
 
 
-class Stage(nn.Module):
+class Groups(nn.Module):
     """The choice of BAT's groups alone: tokens (B, N, D), importances (B, N) in one tensor."""
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Inputs (B, N, D + 1), the importance first, to an assignment (B, N)."""
         return (bat_assignment(inputs[..., 1:], inputs[..., 0], 0.5),)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_ties_are_broken_alike(tmp_path: Path, suffix: str) -> None:
     """Duplicate tokens and equal importances keep their order in the file, too."""
-    generator = torch.Generator().manual_seed(0)
-    kinds = torch.randn(25, 9, generator=generator).abs()  # 90 tokens of 25 kinds
-    inputs = kinds[torch.randint(25, (5, 90), generator=generator)]
+    kinds = draw_batch(25, 9).abs()  # 90 tokens of 25 kinds
+    inputs = kinds[torch.randint(25, (5, 90), generator=torch.Generator().manual_seed(0))]
     inputs[0] = kinds[0]
-    path = tmp_path / f"stage.{suffix}"
-    export.export_file(Stage(), inputs[:2], path)
-    (expected,), (actual,) = Stage()(inputs), run_file(path, inputs)
+    path = tmp_path / f"groups.{suffix}"
+    export.export_file(Groups().eval(), inputs[:2], path)
+    (expected,), (actual,) = Groups()(inputs), export.load_file(path)(inputs)
     assert torch.equal(expected, actual)
 
 
-def test_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
-    checkpoint, output = tmp_path / "best.pth", tmp_path / "model.pt2"
-    torch.save({"model": small_model().state_dict()}, checkpoint)
-    flags = [*MODEL_FLAGS, "--checkpoint", str(checkpoint), "--output", str(output)]
-    assert export.main(flags) == 0
+def test_average_at_another_input_size(tmp_path: Path, capsys) -> None:
+    """4 x 6 patches, which are not a square, become 8 x 4: resampled from their own grid."""
+    weights = build_tiny(**SMALL).state_dict()
+    average = {name: 0.9 * value for name, value in weights.items()}
+    model_args = {"model_name": "bat_deit_tiny_patch16_224"} | TINY | SMALL
+    checkpoint = tmp_path / "best.pth"
+    torch.save({"model": weights, "model_ema": average, "model_args": model_args}, checkpoint)
+    output = tmp_path / "model.pt2"
+    flags = ["--checkpoint", str(checkpoint), "--ema", "--input-size", "64", "32"]
+    assert export.main([*flags, "--output", str(output)]) == 0
     text = capsys.readouterr().out
-    assert "random" not in text
+    assert "random" not in text and "an image of 64x32" in text
     assert "largest logit difference on batches of 1 and 3: 0.00e+00 (limit 0.0001)" in text
+
+    resampled = resample_abs_pos_embed(average["pos_embed"], new_size=[8, 4], old_size=[4, 6])
+    model = build_tiny(**(SMALL | {"img_size": (64, 32)}))
+    model.load_state_dict(average | {"pos_embed": resampled})
+    images = draw_batch(2, 3, 64, 32)
     with torch.no_grad():
-        images = torch.randn(2, 3, *IMG_SIZE)
-        (logits,) = export.load_program(output)(images)
-        assert torch.allclose(logits, small_model()(images), atol=1e-6)
+        assert torch.allclose(export.load_file(output)(images)[0], model(images), atol=1e-6)
+
+
+def test_weights_alone_take_the_flags(tmp_path: Path) -> None:
+    path = str(tmp_path / "weights.pth")
+    torch.save(build_tiny(**SMALL).state_dict(), path)
+    words = [*SMALL_FLAGS, "--checkpoint", path, "--output", "m.pt2"]
+    images = draw_batch(2, 3, *IMG_SIZE)
+    model = export.load_model(export.get_parser().parse_args(words))
+    assert torch.equal(model(images), build_tiny(**SMALL)(images))
 
 
 def test_disagreement_is_not_done(tmp_path: Path, capsys, monkeypatch) -> None:
     output = tmp_path / "model.pt2"
-    monkeypatch.setattr(export, "export_file", lambda module, images, path: path.touch())
-    difference = export.Comparison(float("nan"), 0)
-    monkeypatch.setattr(export, "compare", lambda *args: difference)
-    assert export.main([*MODEL_FLAGS, "--output", str(output)]) == 1
+    write_file = export.export_file
+
+    def write_another_model(module, images, path) -> None:
+        module.model.head.bias.data += 1
+        write_file(module, images, path)
+        module.model.head.bias.data -= 1
+
+    monkeypatch.setattr(export, "export_file", write_another_model)
+    assert export.main([*SMALL_FLAGS, "--output", str(output)]) == 1
     text = capsys.readouterr().out
     assert "the weights are random" in text and "not done" in text
     assert not output.exists()
@@ -151,9 +141,9 @@ def test_disagreement_is_not_done(tmp_path: Path, capsys, monkeypatch) -> None:
 )
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, flags, message) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "is_installed", lambda name: name != "onnxruntime")
+    monkeypatch.setattr(export, "missing_extras", lambda: ["onnxruntime"])
     with pytest.raises(SystemExit) as stopped:
-        export.main([*MODEL_FLAGS, *flags])
+        export.main([*SMALL_FLAGS, *flags])
     assert stopped.value.code == 2
     text = capsys.readouterr().err
     assert message in text and text.count("\n") == 1

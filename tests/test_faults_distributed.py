@@ -34,10 +34,12 @@ def wait_for_checkpoints(runs: list[Run], folder: Path, count: int) -> None:
         runs[0].wait_for(lambda version=version: newest_version(folder) != version)
 
 
-def assert_names_lost_rank(survivor: Run, rank: int, lost: int) -> None:
-    """A process whose peer is gone has ended with its own code and a line that says who is."""
+def assert_stopped_by_backend(survivor: Run, rank: int) -> None:
+    """A process whose peer is gone has ended with its own code and the backend's own words."""
     assert survivor.wait() == EXIT_LOST_PROCESS, survivor.text()
-    assert f"main.py: rank {rank} stopped: lost rank(s) [{lost}]\n" in survivor.text()
+    lines = survivor.text().splitlines()
+    (line,) = (text for text in lines if text.startswith(f"main.py: rank {rank} "))
+    assert " stopped: " in line and "gloo" in line, line
     assert "Traceback" not in survivor.text()
 
 
@@ -45,7 +47,7 @@ def assert_names_lost_rank(survivor: Run, rank: int, lost: int) -> None:
 def test_killed_rank(
     launcher: Launcher, train_flags: list[str], undisturbed_ranks: Path, tmp_path: Path, lost: int
 ) -> None:
-    """The other one ends by itself and names it; both resumed, nothing is different."""
+    """The other one ends by itself; both resumed, nothing is different."""
     rng = random.Random(lost)
     flags = [*train_flags, "--output-dir", tmp_path, "--resume", "auto"]
     flags += ["--checkpoint-interval", "1", "--dist-timeout", "2"]
@@ -54,7 +56,7 @@ def test_killed_rank(
     time.sleep(rng.uniform(0, 0.1))
     runs[lost].send(signal.SIGKILL)
     killed = time.monotonic()
-    assert_names_lost_rank(runs[1 - lost], 1 - lost, lost)
+    assert_stopped_by_backend(runs[1 - lost], 1 - lost)
     assert time.monotonic() - killed < 60  # long before the two minutes are over
     let_a_second_pass()
     runs = launcher.ranks(2, *flags)
@@ -74,7 +76,7 @@ def test_hanging_rank(launcher: Launcher, train_flags: list[str], tmp_path: Path
         runs[lost][lost].send(signal.SIGSTOP)
     stopped = time.monotonic()
     for lost in (0, 1):
-        assert_names_lost_rank(runs[lost][1 - lost], 1 - lost, lost)
+        assert_stopped_by_backend(runs[lost][1 - lost], 1 - lost)
         assert time.monotonic() - stopped < 30
         runs[lost][lost].kill()
 
@@ -101,7 +103,7 @@ def test_torchrun_restarts_a_killed_rank(
     flags += ["--checkpoint-interval", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", "--max-restarts", "1", "main.py"]
-    run = launcher.command(*torchrun, *flags)
+    run = launcher.command(*torchrun, *flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
     wait_for_checkpoints([run], tmp_path, 4)
     first = ranks_of(run.pid)
     assert sorted(first) == [0, 1]

@@ -12,7 +12,8 @@ import pytest
 from data_helpers import random_image
 from PIL import Image
 
-from datasets import BadImageError, load_image
+from inputs.images import BadImageError, list_images, load_image
+from utils import InputError
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -71,13 +72,6 @@ def test_content_counts_not_the_extension(tmp_path: Path) -> None:
     assert np.array_equal(_pixels(tmp_path / "a.jpg"), np.asarray(image))
 
 
-def test_cmyk(tmp_path: Path) -> None:
-    Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
-    pixels = _pixels(tmp_path / "a.jpg")
-    assert pixels.shape == (6, 8, 3)
-    assert pixels[0, 0, 0] > 240 and pixels[0, 0, 1:].max() < 15, "cyan-free ink is red"
-
-
 @pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, extension: str) -> None:
     values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
@@ -130,6 +124,13 @@ def test_other_modes(tmp_path: Path, mode: str) -> None:
     assert _pixels(path).shape == (4, 5, 3)
 
 
+def test_cmyk(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    pixels = _pixels(tmp_path / "a.jpg")
+    assert pixels.shape == (6, 8, 3)
+    assert pixels[0, 0, 0] > 240 and pixels[0, 0, 1:].max() < 15, "cyan-free ink is red"
+
+
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -146,3 +147,22 @@ def test_large_image_below_the_limit_prints_nothing(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(BadImageError, match="bomb"):
         load_image(str(tmp_path / "a.png"))
+
+
+def test_list_images(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("b/2.PNG", "b/a/1.jpg", "c.jpeg", "notes.txt")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("# a comment\n\nx/1.png\n ~/2.jpg \n")
+    assert list_images(tmp_path) == files[:3]
+    assert list_images(files[0]) == files[:1]
+    assert list_images(files[3]) == [Path("x/1.png"), Path("~/2.jpg").expanduser()]
+
+
+def test_no_images_to_list(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    words = {"empty": "no image in", "binary": "neither an image", "nowhere": "does not exist"}
+    for name, text in words.items():
+        with pytest.raises(InputError, match=text):
+            list_images(tmp_path / name)

@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from checkpoints import load_checkpoint, model_from_checkpoint
-from inputs.demo import make_demo
 from engine import evaluate
+from inputs.demo import make_demo
 from models import count_gmacs
 
 CPU = torch.device("cpu")

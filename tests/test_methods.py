@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import build_tiny, draw_batch
 from stage_helpers import (
     assert_complete,
     assert_same_bits,
@@ -14,8 +15,10 @@ from stage_helpers import (
     run_stage,
 )
 
+from models import describe, find_keep_rate
 from models.reduction import (
     REDUCTIONS,
+    Reduction,
     bat_assignment,
     density_peaks,
     match_pairs,
@@ -82,21 +85,13 @@ def test_groups_do_not_depend_on_the_batch(method, tokens_kind):
         torch.testing.assert_close(alone.tokens, together.tokens[images], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_groups_are_the_same_inside_autocast(method):
+def test_functions_of_a_stage_are_the_same_inside_autocast():
     (x, importance), expected = draw_bat(3, 40, 16, "shifted", "distinct", 0.4)
-    outside = run_stage(method, x, importance, 0.4)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = run_stage(method, x, importance, 0.4)
-        chosen = run_stage(method, x, importance, 0.4).assignment
         assert torch.equal(bat_assignment(x, importance, 0.4), expected)
         clusters, groups = density_peaks(x, 13), match_pairs(x, 9)
     assert torch.equal(clusters, density_peaks(x, 13))
     assert torch.equal(groups, match_pairs(x, 9))
-    assert torch.equal(inside.assignment, outside.assignment)
-    assert torch.equal(chosen, outside.assignment)
-    assert inside.tokens.dtype == torch.float32
-    torch.testing.assert_close(inside.tokens, outside.tokens, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("merge_weights", ["importance", "mean"])
@@ -154,6 +149,40 @@ def test_low_precision_inputs_are_decided_in_float32(method):
     low = run_stage(method, x, importance)
     full = run_stage(method, x.float(), importance.float())
     assert torch.equal(low.assignment, full.assignment)
+
+
+def test_a_method_of_ones_own_is_a_function_and_a_registry_line(monkeypatch):
+    def my_method(stage, budget):
+        position = torch.arange(stage.x.shape[1], device=stage.x.device)
+        return (position % budget.kept).expand(stage.x.shape[0], -1)
+
+    monkeypatch.setitem(REDUCTIONS, "mine", Reduction(my_method))
+    model = build_tiny(reduction="mine", keep_rate=0.5)
+    with torch.no_grad():
+        logits, assignments = model.forward_with_assignments(draw_batch(2, 3, 32, 32))
+    assert logits.shape == (2, 4)
+    assert assignments[1].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
+    assert "reduction mine" in describe(model) and find_keep_rate(model, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stage_hands_out_the_importance_and_the_weights_of_its_merge(method):
+    x, importance = torch.randn(2, 20, 4), torch.rand(2, 20)
+    sizes = torch.randint(1, 6, (2, 20)).float()
+    ones = torch.ones(2, 20)
+    for keep_rate, merge_weights in ((1.0, "importance"), (0.4, "importance"), (0.4, "mean")):
+        reduced = run_stage(method, x, importance, keep_rate, sizes, merge_weights=merge_weights)
+        assert torch.equal(reduced.importance, importance)
+        if method == "none" or keep_rate == 1.0:
+            assert torch.equal(reduced.weights, ones)
+            continue
+        by_importance = ones if merge_weights == "mean" else importance
+        fused = torch.where(reduced.assignment < 8, ones, importance)
+        own = {"dpcknn": ones, "tome": sizes, "evit": fused}
+        assert torch.equal(reduced.weights, own.get(method, by_importance))
+        num_outputs = reduced.tokens.shape[1]
+        merged = merge_images(x, reduced.weights, reduced.assignment, num_outputs, method != "evit")
+        torch.testing.assert_close(reduced.tokens, merged, rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_method_lists_the_choices():

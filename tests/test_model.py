@@ -158,11 +158,6 @@ def test_stages_say_what_the_forward_pass_does(method: str, keep_rate: float) ->
     assert [stage.block for stage in model.stages()] == [1, 2]
 
 
-def test_evit_passes_its_fused_token_on() -> None:
-    stages = build_tiny(reduction="evit", keep_rate=0.5).stages()
-    assert [(stage.num_tokens, stage.num_outputs) for stage in stages] == [(16, 9), (9, 6)]
-
-
 @pytest.mark.parametrize("keep_rate", [0.5, (0.9, 0.3), [1.0, 0.5], 1])
 def test_set_keep_rate_equals_building_with_it(keep_rate: object) -> None:
     images = draw_batch(2, 3, 32, 32)
@@ -239,6 +234,7 @@ def test_keep_rate_out_of_range(keep_rate: float) -> None:
         ({"match_ratio": float("nan")}, r"match_ratio .*\[0, 1\].*nan"),
         ({"merge_weights": "median"}, "merge_weights .*importance.*mean.*'median'"),
         ({"class_token": False, "global_pool": "avg"}, "class_token must be True"),
+        ({"global_pool": "map"}, "^global_pool must be one of .*'token'.*got 'map'$"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -23,8 +23,7 @@ from fault_helpers import (
     read_entries,
 )
 
-from checkpoints import checkpoint_files, latest_checkpoint
-from recorder import Recorder
+from checkpoints import RunFolder, checkpoint_files, latest_checkpoint
 
 pytest_plugins = ("fault_fixtures",)
 
@@ -50,7 +49,7 @@ def fill(disk: Path) -> Callable[[], None]:
         What makes room again.
     """
     if not os.path.ismount(disk):
-        full = [disk / "log.partial", disk / "checkpoint.pending.pth.partial"]
+        full = [disk / "log.txt.partial", disk / "checkpoint.pending.pth.partial"]
         for path in full:
             while not path.is_symlink():
                 with suppress(FileExistsError):  # it is being written
@@ -163,9 +162,8 @@ def test_newest_checkpoints_and_the_best_are_kept(
     assert best["epoch"] == accuracies.index(max(accuracies))
 
 
-def make_recorder(folder: Path, keep_checkpoints: int = 2) -> Recorder:
-    args = SimpleNamespace(batch_size=1)
-    return Recorder(folder, args, {}, ["a"], keep_checkpoints=keep_checkpoints)
+def make_folder(path: Path, keep_checkpoints: int = 2) -> RunFolder:
+    return RunFolder(path, SimpleNamespace(keep_checkpoints=keep_checkpoints), {}, ["a"])
 
 
 def make_state(epoch: int) -> SimpleNamespace:
@@ -178,9 +176,9 @@ def test_crash_between_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int
 ) -> None:
     """Whichever rename of the fourth checkpoint is the last, the newest one whole is found."""
-    recorder = make_recorder(tmp_path, keep_checkpoints=3)
+    folder = make_folder(tmp_path, keep_checkpoints=3)
     for epoch in range(1, 4):
-        recorder.save(make_state(epoch))
+        folder.save(make_state(epoch))
     rename, done = os.replace, []
 
     def crash(source: Path, target: Path) -> None:
@@ -192,31 +190,40 @@ def test_crash_between_renames(
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
-            recorder.save(make_state(4))
+            folder.save(make_state(4))
     _, checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint["epoch"] == (3 if crash_at == 0 else 4)
-    recorder.save(make_state(5))
+    folder.save(make_state(5))
     found = [load(path)["epoch"] for path in checkpoint_files(tmp_path)]
     assert found[0] == 5 and found == sorted(found, reverse=True)
 
 
 def test_log_line_cut_off_by_a_crash(tmp_path: Path) -> None:
-    recorder = make_recorder(tmp_path)
+    folder = make_folder(tmp_path)
     (tmp_path / "log.txt").write_text(json.dumps({"epoch": 0, "loss": 2.0}) + '\n{"epoch": 1, "lo')
-    recorder.start(1, {}, resumed=True)
-    recorder.log_epoch({"epoch": 1, "loss": 1.0})
-    recorder.close()
+    folder.start(1, {}, source=str(tmp_path / "checkpoint.pth"))
+    folder.log_epoch({"epoch": 1, "loss": 1.0})
+    folder.close()
     assert read_entries(tmp_path) == [{"epoch": 0, "loss": 2.0}, {"epoch": 1, "loss": 1.0}]
 
 
 def test_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
     for epoch in (5, 6):
-        make_recorder(tmp_path).save(make_state(epoch))
+        make_folder(tmp_path).save(make_state(epoch))
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
-    recorder = make_recorder(tmp_path)
-    recorder.start(0, {})
-    recorder.close()
+    folder = make_folder(tmp_path)
+    folder.start(0, {})
+    folder.close()
     assert latest_checkpoint(tmp_path) is None and read_entries(tmp_path) == []
-    previous = sorted(path.name for path in tmp_path.glob("previous.*"))
-    assert previous == ["previous.checkpoint.1.pth", "previous.checkpoint.pth", "previous.log.txt"]
-    assert load(tmp_path / "previous.checkpoint.pth")["epoch"] == 6
+    previous = tmp_path / "previous-1"
+    names = sorted(path.name for path in previous.iterdir())
+    assert names == ["checkpoint.1.pth", "checkpoint.pth", "log.txt"]
+    assert load(previous / "checkpoint.pth")["epoch"] == 6
+    folder.save(make_state(7))
+    for _ in range(2):  # the second finds arguments and events of the first, but no checkpoint
+        folder = make_folder(tmp_path)
+        folder.start(0, {})
+        folder.close()
+    assert load(previous / "checkpoint.pth")["epoch"] == 6, "never overwritten"
+    assert load(tmp_path / "previous-2" / "checkpoint.pth")["epoch"] == 7
+    assert (tmp_path / "previous-3" / "args.json").exists()

@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 
-from datasets import SampleKey
-from samplers import EvalSampler, TrainSampler
+from samplers import EvalSampler, SampleKey, TrainSampler
 
 
 def _epoch(num_samples: int, epoch: int = 0, **options: int) -> list[SampleKey]:
@@ -45,7 +44,9 @@ def test_global_batches_do_not_depend_on_world_size(
     [(1_281_167, 8, 160_128), (1000, 1, 768), (1000, 2, 384), (256, 3, 85), (255, 1, 255)],
 )
 def test_repeated_epoch_has_deits_length(num_samples: int, world_size: int, expected: int) -> None:
-    assert len(TrainSampler(num_samples, num_repeats=3, world_size=world_size)) == expected
+    options = {"num_repeats": 3, "world_size": world_size}
+    assert len(TrainSampler(num_samples, **options)) == expected
+    assert len(TrainSampler(num_samples, **options, epoch_samples=77)) == 77 // world_size
 
 
 def test_repeats_are_consecutive_and_numbered() -> None:
@@ -96,14 +97,15 @@ def test_evaluation_counts_every_index_once(num_samples: int, world_size: int) -
     [
         ({"num_samples": 0}, "num_samples"),
         ({"num_samples": 3, "world_size": 4}, "num_samples"),
-        ({"num_samples": 9, "world_size": 0}, "world_size"),
-        ({"num_samples": 9, "rank": 2, "world_size": 2}, "rank"),
-        ({"num_samples": 9, "num_repeats": 0}, "num_repeats"),
+        ({"world_size": 0}, "world_size"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"num_repeats": 0}, "num_repeats"),
+        ({"epoch_samples": 1, "world_size": 2}, "epoch_samples"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} is .*allowed"):
-        TrainSampler(**options)
+        TrainSampler(**{"num_samples": 9} | options)
 
 
 def test_start_beyond_the_epoch_is_refused() -> None:

@@ -12,8 +12,8 @@ from conftest import REPOSITORY, build_tiny
 from torch import Tensor
 from training_helpers import CPU, Task, parse
 
-from builders import build_state
 from engine import shrunk_keep_rate
+from main import build_state
 
 RELEASED = json.loads((Path(__file__).parent / "fixtures" / "released_lrs.json").read_text())
 

@@ -12,10 +12,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from training_helpers import CPU, Task, parse
 
-from builders import AMP_DTYPES, build_criterion, build_mixup
 from engine import DivergenceError, TrainState, evaluate, num_training_steps
-from main import train_options
-from utils import InputError
+from main import build_criterion, build_mixup, train_options
+from utils import AMP_DTYPES, InputError
 
 SGD = ["--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--unscale-lr"]
 
@@ -161,14 +160,14 @@ class _SpoilGradient(torch.autograd.Function):
 def test_fine_tuning_runs_in_evaluation_mode_unless_asked() -> None:
     rates = (0.5, 0.5)
     finetune = ["--finetune", "https://example.org/deit.pth"]
-    assert train_options(parse([]), rates).training_mode
-    assert not train_options(parse(finetune), rates).training_mode
-    assert train_options(parse([*finetune, "--train-mode"]), rates).training_mode
-    assert not train_options(parse(["--no-train-mode"]), rates).training_mode
+    assert train_options(parse([]), rates, CPU).training_mode
+    assert not train_options(parse(finetune), rates, CPU).training_mode
+    assert train_options(parse([*finetune, "--train-mode"]), rates, CPU).training_mode
+    assert not train_options(parse(["--no-train-mode"]), rates, CPU).training_mode
     for flag, expected in (("--compile", False), ("--no-compile", True)):
-        options = train_options(parse(["--shrink-epochs", "5", flag]), rates)
+        options = train_options(parse(["--shrink-epochs", "5", flag]), rates, CPU)
         assert options.shrink_by_step is expected and options.keep_rate_at(99) == rates
-    assert train_options(parse([]), rates).keep_rate_at is None
+    assert train_options(parse([]), rates, CPU).keep_rate_at is None
 
 
 @pytest.mark.parametrize("training_mode", [True, False])
@@ -189,7 +188,7 @@ def test_mixup_gives_the_criterion_soft_targets() -> None:
     flags = ["--batch-size", "16", "--mixup", "0.8", "--cutmix", "1.0", "--smoothing", "0.1"]
     task = Task(flags)
     mixup = build_mixup(task.args, num_classes=4)
-    criterion = build_criterion(task.args, 4, CPU, soft_targets=True)
+    criterion = build_criterion(task.args, 4, CPU)
     assert isinstance(criterion.base_criterion, SoftTargetCrossEntropy)
     seen = []
 
@@ -211,10 +210,10 @@ def test_mixup_gives_the_criterion_soft_targets() -> None:
 def test_criterion_without_mixup() -> None:
     args = parse([*PLAIN_FLAGS, "--smoothing", "0.1"])
     assert build_mixup(args, 4) is None
-    smoothed = build_criterion(args, 4, CPU, soft_targets=False).base_criterion
+    smoothed = build_criterion(args, 4, CPU).base_criterion
     assert isinstance(smoothed, LabelSmoothingCrossEntropy) and smoothed.smoothing == 0.1
     args = parse([*PLAIN_FLAGS, "--smoothing", "0"])
-    plain = build_criterion(args, 4, CPU, soft_targets=False).base_criterion
+    plain = build_criterion(args, 4, CPU).base_criterion
     assert isinstance(plain, nn.CrossEntropyLoss)
 
 
@@ -227,7 +226,7 @@ def test_teacher_is_built_from_its_checkpoint(kind: str, tmp_path: Path) -> None
     torch.save({"model": teacher.state_dict(), "model_args": stored}, path)
     flags = ["--distillation-type", kind, "--teacher-model", "vit_tiny_patch16_224"]
     args = parse([*PLAIN_FLAGS, *flags, "--teacher-path", str(path), "--smoothing", "0"])
-    criterion = build_criterion(args, 4, CPU, soft_targets=False)
+    criterion = build_criterion(args, 4, CPU)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = teacher(images)
@@ -235,7 +234,7 @@ def test_teacher_is_built_from_its_checkpoint(kind: str, tmp_path: Path) -> None
     assert not criterion.teacher_model.training
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be read"):
-        build_criterion(args, 4, CPU, soft_targets=False)
+        build_criterion(args, 4, CPU)
 
 
 # Evaluation -------------------------------------------------------------------------------------

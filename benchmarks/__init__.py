@@ -1,1 +1,0 @@
-"""What `benchmark.py` measures: one module per `--what`, and what they share."""

@@ -1,0 +1,71 @@
+"""The shell scripts give main.py flags that it knows; `python` and `torchrun` are stand-ins."""
+
+import os
+import shlex
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from arguments import check_args, get_args_parser
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Notes its words, and the setting that keeps a restarted torchrun from its dead processes.
+STAND_IN = """#!/usr/bin/env bash
+printf '%s ' "$(basename "$0")" "${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-}" "$@" >>"$CALLS"
+echo >>"$CALLS"
+"""
+
+
+def run_script(folder: Path, name: str, *words: str, **settings: object) -> list[list[str]]:
+    """The commands, in words, that a script starts."""
+    (folder / "bin").mkdir()
+    for command in ("python", "torchrun"):
+        (folder / "bin" / command).write_text(STAND_IN)
+        (folder / "bin" / command).chmod(0o755)
+    own = {"VENV": folder, "CALLS": folder / "calls", "OUTPUT": folder / "out", "GPUS": 1}
+    environment = os.environ | {key: str(value) for key, value in (own | settings).items()}
+    subprocess.run(["bash", REPOSITORY / "scripts" / name, *words], env=environment, check=True)
+    return [shlex.split(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def parse(words: list[str]) -> Namespace:
+    """What main.py makes of a command."""
+    parser = get_args_parser()
+    args = parser.parse_args(words[words.index("main.py") + 1 :])
+    check_args(parser, args)
+    return args
+
+
+@pytest.mark.parametrize(
+    "path", sorted(REPOSITORY.glob("scripts/*.sh")), ids=lambda path: path.name
+)
+def test_scripts_are_bash(path):
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+def test_recipes_have_their_batch_and_keep_rate(tmp_path, rate):
+    (tmp_path / "deit.pth").touch()
+    name = "train_keep0.7.sh" if rate == 0.7 else f"finetune_keep{rate}.sh"
+    (words,) = run_script(tmp_path, name, "--seed", "5", DEIT=tmp_path / "deit.pth")
+    args = parse(words)
+    assert args.keep_rate == [rate] and args.seed == 5 and args.amp == "fp16"
+    assert args.batch_size * args.accum_steps == (2048 if rate == 0.7 else 1024)
+
+
+def test_torchrun_starts_anew_without_the_old_store(tmp_path):
+    (words,) = run_script(tmp_path, "train_keep0.7.sh", GPUS=2)
+    assert words[:2] == ["torchrun", "1"] and parse(words).batch_size == 256
+
+
+@pytest.mark.parametrize(("size", "count"), [("cpu", 28), ("gpu", 97), ("smoke", 10)])
+def test_the_study_has_its_runs(tmp_path, size, count):
+    (tmp_path / "out/runs/dense").mkdir(parents=True)
+    (tmp_path / "out/runs/dense/checkpoint.pth").touch()  # of a run that was stopped
+    commands = run_script(tmp_path, "study_cifar10.sh", SIZE=size)
+    runs = [parse(words) for words in commands if "main.py" in words]
+    assert len({args.output_dir for args in runs}) == len(runs) == count
+    tools = {word for words in commands for word in words if word.startswith("tools.")}
+    assert tools == {"tools.sweep", "tools.diversity", "tools.table"}

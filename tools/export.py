@@ -1,0 +1,203 @@
+"""Exports a model with its reduction inside the graph, and checks the file against the model.
+
+    python -m tools.export --checkpoint best.pth --output model.onnx
+
+The suffix decides: `.onnx` is run by onnxruntime, `.pt2` (a torch.export program) by PyTorch. The
+batch dimension is dynamic, the image size and the keep rate are fixed. Exit codes: 0 done, 1 the
+file disagrees with the model (it is removed), 2 bad input.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from arguments import ArgumentParser, add_model_arguments, add_switch, model_arguments
+from checkpoints import load_checkpoint, model_from_checkpoint
+from models import BATVisionTransformer, count_gmacs
+from utils import InputError, setup_logging
+
+MAX_DIFFERENCE = 1e-4  # of a logit, in float32
+EXTRAS = ("onnx", "onnxscript", "onnxruntime")
+TRACED_BATCH = 2  # any batch above 1 leaves the dimension dynamic
+CHECKED_BATCHES = (1, 3)
+SUFFIXES = (".onnx", ".pt2")
+# PyTorch's own, about its exporters; each is the start of a message.
+KNOWN_WARNINGS = ("The given buffer is not writable", r"`isinstance\(treespec, LeafSpec\)`")
+
+
+class ExportedModel(nn.Module):
+    """A model whose outputs are one flat tuple, as exporters want it."""
+
+    def __init__(self, model: BATVisionTransformer, *, assignments: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.assignments = assignments
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, height, width) to logits, and one (B, N_i) assignment per stage if any."""
+        if not self.assignments:
+            return (self.model(images),)
+        logits, assignments = self.model.forward_with_assignments(images)
+        return logits, *assignments
+
+
+def missing_extras() -> list[str]:
+    """The packages behind ONNX that are not installed."""
+    return [name for name in EXTRAS if find_spec(name) is None]
+
+
+def _sort_translation() -> dict:
+    """ONNX for stable sorts, which torch.onnx does not know: TopK puts the lower index first."""
+    from onnxscript import opset18 as op
+
+    def stable_sort(values, stable=True, dim=-1, descending=False):
+        length = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+        return op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
+
+    return {torch.ops.aten.sort.stable: stable_sort}
+
+
+@torch.no_grad()
+def export_file(module: nn.Module, images: Tensor, path: Path) -> None:
+    """Writes the format that the suffix names, weights included; the batch is dynamic.
+
+    Args:
+        module: an `ExportedModel` in evaluation mode.
+        images: (B, 3, height, width) with B > 1, to trace with.
+        path: of the file.
+    """
+    dynamic_shapes = ({0: Dim("batch")},)
+    if path.suffix == ".pt2":
+        program = torch.export.export(module, (images,), dynamic_shapes=dynamic_shapes)
+        torch.export.save(program, path)
+        return
+    num_stages = len(module(images)) - 1
+    torch.onnx.export(
+        module,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits", *(f"assignment_{stage + 1}" for stage in range(num_stages))],
+        dynamic_shapes=dynamic_shapes,
+        custom_translation_table=_sort_translation(),
+        verbose=False,
+    ).save(path)
+
+
+def load_file(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Loads an exported file as a function from images to its outputs."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(o) for o in session.run(None, {name: images.numpy()})]
+
+
+@torch.no_grad()
+def compare(
+    path: Path, module: nn.Module, img_size: tuple[int, int], seed: int
+) -> tuple[float, int]:
+    """Reloads a file and runs it and the exported module on the same noise, in float32.
+
+    Returns:
+        The largest absolute difference of a logit (infinite where one is not a number or the
+        shapes differ), and how many tokens were assigned to another group.
+    """
+    run = load_file(path)
+    generator = torch.Generator().manual_seed(seed)
+    largest, moved = 0.0, 0
+    for batch_size in CHECKED_BATCHES:
+        images = torch.randn(batch_size, 3, *img_size, generator=generator)
+        (logits, *assignments), (own_logits, *own_assignments) = run(images), module(images)
+        if logits.shape != own_logits.shape:
+            return torch.inf, moved
+        difference = (logits - own_logits).abs().nan_to_num(nan=torch.inf)
+        largest = max(largest, difference.max().item())
+        pairs = zip(assignments, own_assignments, strict=True)
+        moved += sum(int((theirs != own).sum()) for theirs, own in pairs)
+    return largest, moved
+
+
+def get_parser() -> ArgumentParser:
+    """The parser of `python -m tools.export`."""
+    parser = ArgumentParser(prog="tools.export", description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    group = parser.add_argument_group("export")
+    group.add_argument("--checkpoint", default="", help="weights; without one they are random")
+    group.add_argument("--output", required=True, help=f"file to write, {' or '.join(SUFFIXES)}")
+    add_switch(group, "--assignments", default=False, help="output where every token went, too")
+    group.add_argument("--seed", type=int, default=0, help="random seed of weights and check")
+    return parser
+
+
+def load_model(args: argparse.Namespace) -> BATVisionTransformer:
+    """The model to export, in evaluation mode; InputError when there is no way to it."""
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
+    if not checkpoint:
+        print("no --checkpoint: the weights are random")
+    torch.manual_seed(args.seed)
+    return model_from_checkpoint(
+        checkpoint,
+        ema=args.ema,
+        source=args.checkpoint,
+        **model_arguments(args, checkpoint.get("model_args")),
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports, compares and says how it went; returns the exit code."""
+    path = Path(args.output)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"--output must end in {' or '.join(SUFFIXES)}, got '{args.output}'")
+    if not path.parent.is_dir():
+        raise InputError(f"--output: no such folder: {path.parent}")
+    if args.ema and not args.checkpoint:
+        raise InputError("--ema needs --checkpoint")
+    if path.suffix == ".onnx" and (missing := missing_extras()):
+        raise InputError(f"ONNX needs optional packages: pip install {' '.join(missing)}")
+    setup_logging()
+    model = load_model(args)
+    img_size = model.patch_embed.img_size
+    print(
+        f"{model.reduction}, keep rates {list(model.keep_rates)}, {count_gmacs(model):.4f} GMACs "
+        f"an image of {img_size[0]}x{img_size[1]}"
+    )
+    module = ExportedModel(model, assignments=args.assignments).eval()
+    with warnings.catch_warnings():
+        for message in KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        export_file(module, torch.zeros(TRACED_BATCH, 3, *img_size), path)
+        largest, moved = compare(path, module, img_size, args.seed)
+    print(
+        f"largest logit difference on batches of {' and '.join(map(str, CHECKED_BATCHES))}: "
+        f"{largest:.2e} (limit {MAX_DIFFERENCE:g})"
+        + (f"; tokens in another group: {moved}" if args.assignments else "")
+    )
+    if not largest <= MAX_DIFFERENCE:
+        path.unlink()
+        print(f"not done: {path} disagrees with the model and was removed")
+        return 1
+    print(f"done: {path}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except InputError as problem:
+        parser.error(str(problem))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,200 @@
+"""Compares finished runs of main.py on the same validation images.
+
+    python -m tools.table output/runs/* --baseline output/runs/evit_keep0.5
+
+Runs that differ in their random seed alone make one row. The table goes to standard output as
+Markdown; --output-dir also writes table.md, table.csv, accuracy.png and accuracy.pdf.
+"""
+
+import inspect
+import json
+import math
+import sys
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from arguments import ArgumentParser
+from models import BATVisionTransformer
+from tools.figures import plot_accuracy, save_figure
+from utils import InputError, check_writable, read_log
+
+# Arguments of main.py that do not change what a run is meant to reach.
+INCIDENTAL = (
+    "seed", "output_dir", "resume", "device", "num_workers", "pin_mem", "print_freq",
+    "image_cache", "checkpoint_interval", "keep_checkpoints", "dist_timeout",
+)  # fmt: skip
+# Settings of the model and their defaults, which args.json may leave out.
+DEFAULTS = {
+    name: inspect.signature(BATVisionTransformer).parameters[name].default
+    for name in ("reduction", "cluster_ratio", "match_ratio", "merge_weights")
+}
+FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f", "difference": "+.2f", "error": ".2f"}
+
+
+class FinishedRun(NamedTuple):
+    """What a run's folder says of its last evaluated epoch.
+
+    Attributes:
+        about: contents of args.json; the model's defaults are in its model_args.
+        last: that epoch's entry of log.txt.
+        correct: (images,) bool, which images it gets right; None where the run did not say.
+    """
+
+    folder: Path
+    about: dict
+    last: dict
+    correct: np.ndarray | None
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Reads a run's folder; `InputError` unless it is whole and has an evaluated epoch."""
+    if not (folder / "log.txt").is_file():
+        raise InputError(f"{folder} is not the folder of a run: it has no log.txt")
+    evaluated = [entry for entry in read_log(folder / "log.txt") if "test_acc1" in entry]
+    if not evaluated:
+        raise InputError(f"{folder}: log.txt has no evaluated epoch")
+    last, path = evaluated[-1], folder / "correct.npy"
+    try:
+        about = json.loads((folder / "args.json").read_text())
+        about["model_args"] = DEFAULTS | about["model_args"]
+        correct = np.load(path) if path.is_file() else None
+    except (KeyError, OSError, TypeError, ValueError) as problem:
+        raise InputError(f"{folder} cannot be read: {problem!r}") from problem
+    if correct is not None and (
+        len(correct) != last["test_num_images"]
+        or abs(100 * correct.mean() - last["test_acc1"]) > 1e-3
+    ):
+        raise InputError(f"{path} does not belong to the last evaluated epoch of log.txt")
+    return FinishedRun(folder.resolve(), about, last, correct)
+
+
+def group_seeds(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
+    """Puts runs together that differ in their random seed alone, in the order of the first ones."""
+    groups = defaultdict(list)
+    for run in runs:
+        args = run.about["args"].items()
+        settings = {name: value for name, value in args if name not in INCIDENTAL}
+        key = json.dumps([settings, run.about["model_args"], run.last["epoch"]], sort_keys=True)
+        groups[key].append(run)
+    return list(groups.values())
+
+
+def paired_difference(
+    first: Sequence[np.ndarray], second: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Difference of two accuracies on the same images, and its standard error, in points.
+
+    With d_i the share of the first runs that get image i right, less that share of the second runs,
+    the difference is the mean of d, and its standard error is sqrt(sum (d_i - mean)^2 / (n (n-1)))
+    for n images (paired differences in Miller, Adding Error Bars to Evals, arXiv:2411.00640). It
+    says how sure the difference is for these weights on other images, not what another random seed
+    would give; acc1_std says that.
+
+    Args:
+        first: (images,) bool each, right answers of the runs of one row.
+        second: those of the row that is subtracted.
+    """
+    differences = np.mean(first, axis=0) - np.mean(second, axis=0)
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    return 100 * float(differences.mean()), 100 * float(error)
+
+
+def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> dict:
+    """One row of plain values; None and NaN: not known, or without a meaning."""
+    about, last = runs[0].about, runs[0].last
+    accuracies, others = ([run.last["test_acc1"] for run in group] for group in (runs, baseline))
+    difference, error = float(np.mean(accuracies) - np.mean(others)), math.nan
+    if all(run.correct is not None for run in (*runs, *baseline)):
+        answers = ([run.correct for run in group] for group in (runs, baseline))
+        difference, error = paired_difference(*answers)
+    rates = [f"{rate:g}" for rate in last["keep_rate"]] or ["1"]
+    reduction = about["model_args"]["reduction"]
+    shown = DEFAULTS if reduction == "bat" else ("reduction",)  # the others are BAT's alone
+    return {
+        "run": runs[0].folder.name,
+        **{name: about["model_args"][name] if name in shown else None for name in DEFAULTS},
+        "keep_rate": " ".join(rates if len(set(rates)) > 1 else rates[:1]),
+        "gmacs": about["gmacs"],
+        "acc1": float(np.mean(accuracies)),
+        "acc1_std": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else math.nan,
+        "difference": difference,
+        "error": error,
+        "epochs": last["epoch"] + 1,
+        "seeds": " ".join(str(run.about["args"]["seed"]) for run in runs),
+    }
+
+
+def make_table(folders: Sequence[Path], baseline: Path) -> pd.DataFrame:
+    """A row for every group of runs; the baseline's other seeds among the folders count with it.
+
+    Raises:
+        InputError: a folder cannot be read, or two have different validation sets.
+    """
+    wanted = dict.fromkeys(folder.resolve() for folder in [*folders, baseline])
+    runs = [read_run(folder) for folder in wanted]
+    rival = next(run for run in runs if run.folder == baseline.resolve())
+    for run in runs:
+        sizes = run.last["test_num_images"], rival.last["test_num_images"]
+        if sizes[0] != sizes[1] or run.about["classes"] != rival.about["classes"]:
+            raise InputError(
+                f"{run.folder} and {rival.folder} have different validation sets: "
+                f"{sizes[0]} and {sizes[1]} images, or other classes"
+            )
+    groups = group_seeds(runs)
+    rivals = next(group for group in groups if any(run is rival for run in group))
+    return pd.DataFrame([table_row(group, rivals) for group in groups])
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The table with rounded numbers; empty cells for values that are missing."""
+    lines = [list(table), ["---"] * table.shape[1]]
+    for row in table.to_dict("records"):
+        cells = ((value, FORMATS.get(name, "")) for name, value in row.items())
+        lines.append(["" if pd.isna(value) else format(value, spec) for value, spec in cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="tools.table", description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "--baseline", type=Path, required=True, metavar="RUN", help="what to subtract from each"
+    )
+    parser.add_argument("--output-dir", default="", help="where to write; empty: nowhere")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Reads the runs, and writes their table and figure."""
+    table = make_table(args.runs, args.baseline)
+    text = to_markdown(table)
+    print(text, end="")
+    if args.output_dir:
+        folder = check_writable(args.output_dir)
+        (folder / "table.md").write_text(text)
+        table.to_csv(folder / "table.csv", index=False)
+        # Error bars: of the difference. A point's label: the mean of its stages' keep rates.
+        rates = [np.mean([float(rate) for rate in rates.split()]) for rates in table.keep_rate]
+        rows = table.assign(acc1_std=table.error, keep_rate=rates)
+        save_figure(plot_accuracy(rows.to_dict("records")), folder / "accuracy")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except InputError as problem:
+        parser.error(str(problem))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""What the benchmarks share: interleaved rounds, compiled calls, peak memory, tables in files."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from utils import git_hash, versions
+
+Run = Callable[[], object]
+DECIMALS = {
+    "gmacs": 5, "images/s": 2, "p50_ms": 2, "p95_ms": 2, "step_ms": 2, "forward_ms": 3,
+    "stages_ms": 3, "memory_mib": 1, "stage_mib": 2, "attention_mib": 2, "keep": 6,
+}  # fmt: skip
+RATIO_DECIMALS = 4  # of every other column of floats
+
+
+class Setting(NamedTuple):
+    """How everything is run and timed."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None  # of autocast; None: float32 throughout
+    compile_mode: str | None = None  # of torch.compile; None: eager
+    repetitions: int = 10  # timed rounds
+    warmup: int = 3  # rounds before them that are not timed
+    latency_repetitions: int = 50  # timed rounds of single images; 0: no latency
+    seed: int = 0  # random seed of weights and images
+
+    def autocast(self):
+        """The context in which the models run."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+# Running ----------------------------------------------------------------------------------------
+
+
+def compiled(function: Callable, setting: Setting) -> Callable:
+    """The function itself, or its compiled form with a cache of its own."""
+    if setting.compile_mode is None:
+        return function
+
+    def call(*inputs):
+        return function(*inputs)
+
+    # torch.compile keeps its graphs by code object. Models of one class would share theirs, reach
+    # the limit of recompilations and have the guards of each other checked within the timing.
+    call.__code__ = call.__code__.replace()
+    graph = torch.compile(call, fullgraph=True, dynamic=False, mode=setting.compile_mode)
+
+    def begin(*inputs):
+        if setting.compile_mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        return graph(*inputs)
+
+    return begin
+
+
+def inference(function: Callable, setting: Setting, *inputs) -> Run:
+    """A call without arguments that runs the function on the inputs, without gradients."""
+    function = compiled(function, setting)
+
+    def run():
+        with torch.inference_mode(), setting.autocast():
+            return function(*inputs)
+
+    return run
+
+
+def time_rounds(
+    runs: Sequence[Run], setting: Setting, *, repetitions: int | None = None, calls: int = 1
+) -> np.ndarray:
+    """Times every run once a round, in a round-robin that starts one further each round.
+
+    Args:
+        runs: what to time; the device is synchronised before each start and stop of the clock.
+        setting: says the device, the warm-up and, unless given, the repetitions.
+        repetitions: timed rounds.
+        calls: calls of a run between start and stop; their mean counts.
+
+    Returns:
+        (runs, repetitions) seconds.
+    """
+    repetitions = repetitions or setting.repetitions
+    times = np.zeros((len(runs), setting.warmup + repetitions))
+    for turn in range(times.shape[1]):
+        for offset in range(len(runs)):
+            index = (turn + offset) % len(runs)
+            setting.synchronize()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                runs[index]()
+            setting.synchronize()
+            times[index, turn] = (time.perf_counter() - begin) / calls
+    return times[:, setting.warmup :]
+
+
+def median_ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
+    """Median over the rounds of the ratio within each round."""
+    return float(np.median(numerators / denominators))
+
+
+def peak_mebibytes(run: Run, setting: Setting, *, resident: int = 0) -> float:
+    """Memory that a run needs at its worst moment, in MiB.
+
+    On CUDA the caching allocator counts; on a CPU the allocations of PyTorch's CPU allocator that
+    its profiler records (scratch memory inside oneDNN and MKL is not among them).
+
+    Args:
+        run: a call that has been warmed up.
+        setting: says the device.
+        resident: `resident_bytes`, allocated already, to be added.
+    """
+    setting.synchronize()
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        before = torch.cuda.memory_allocated(setting.device)
+        run()
+        setting.synchronize()
+        above = torch.cuda.max_memory_allocated(setting.device) - before
+    else:
+        # The profiler's own messages, about missing GPUs for one, would land in the table.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as recorded:
+            run()
+        events = recorded.profiler.kineto_results.events()
+        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        alive = np.cumsum([nbytes for _, nbytes in sorted(changes, key=lambda change: change[0])])
+        above = max(0, alive.max(initial=0))
+    return float(resident + above) / 2**20
+
+
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Bytes of a model's weights and of its optimizer's state."""
+    states = optimizer.state.values() if optimizer else ()
+    values = [*model.state_dict().values(), *(v for state in states for v in state.values())]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+# Reporting --------------------------------------------------------------------------------------
+
+
+def make_table(rows: list[dict]) -> pd.DataFrame:
+    """A line per row, rounded once so that text, CSV and JSON say the same."""
+    table = pd.DataFrame(rows).dropna(axis=1, how="all")
+    floats = table.select_dtypes("float")
+    return table.round({name: DECIMALS.get(name, RATIO_DECIMALS) for name in floats})
+
+
+def table_text(table: pd.DataFrame) -> str:
+    """The table with aligned columns; "-" where nothing was measured."""
+
+    def shown(column: pd.Series) -> pd.Series:
+        digits = f".{DECIMALS.get(column.name, RATIO_DECIMALS)}f"
+        pattern = "{:g}" if column.name == "keep" else f"{{:{digits}}}"
+        return column.map(pattern.format, na_action="ignore")
+
+    floats = table.select_dtypes("float").apply(shown)
+    return table.assign(**floats).to_string(index=False, na_rep="-")
+
+
+def environment() -> dict:
+    """What a figure depends on beside the flags: date, machine, load, versions, code."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        **versions(),
+        "code": git_hash(),
+    }
+
+
+def report_text(table: pd.DataFrame, protocol: list[str], about: dict) -> str:
+    """The table, how it was measured (a sentence a line), and on what."""
+    shown = [f"{name}: {value}" for name, value in about.items() if value is not None]
+    return "\n".join([table_text(table), "", *protocol, "", *shown])
+
+
+def write_report(
+    stem: Path, table: pd.DataFrame, protocol: list[str], about: dict, raw: list[dict]
+) -> None:
+    """Writes a report as stem.txt, stem.csv and stem.json, the last with the raw seconds."""
+    rows = json.loads(table.to_json(orient="records"))
+    content = {"setting": about, "protocol": protocol, "rows": rows, "raw": raw}
+    Path(f"{stem}.txt").write_text(report_text(table, protocol, about) + "\n")
+    Path(f"{stem}.csv").write_text(table.to_csv(index=False))
+    Path(f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
