@@ -219,6 +219,8 @@ def test_moving_average_of_the_weights(root, data_path, flags, tmp_path):
         (["--cluster-ratio", "2"], ["cluster_ratio", "2"]),
         (["--batch-size", "0"], ["--batch-size", "0", "at least 1"]),
         (["--save-every", "0"], ["--save-every", "0", "at least 1"]),
+        (["--num-workers", "-1"], ["--num-workers", "at least 0"]),
+        (["--seed", "x"], ["--seed", "invalid integer value: 'x'"]),
         (["--output-dir", ""], ["--output-dir"]),
         (["--data-path", "nowhere"], ["nowhere"]),
     ],

@@ -24,7 +24,7 @@ from models import REDUCTIONS, BATVisionTransformer
 from models.reduction import ReducedTokens
 from tools import common
 from tools.figures import below_figure, method_style, new_figure, save_figure, styled
-from utils import InputError, check_writable, logger, setup_logging
+from utils import check_writable, logger, run_script
 
 TINY = 1e-30  # keeps 0 / 0 at 0
 HELP = """Measures the patch tokens X (one a row) that leave each block: the relative distance to
@@ -222,7 +222,7 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def get_args_parser() -> ArgumentParser:
+def get_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = common.tool_parser("diversity", HELP, batch_size=16)
     add_data_arguments(parser)
@@ -233,7 +233,7 @@ def get_args_parser() -> ArgumentParser:
         metavar="METHOD", help=f"methods: {', '.join(REDUCTIONS)}",
     )  # fmt: skip
     group.add_argument(
-        "--num-images", type=common.at_least_one, default=64, metavar="N",
+        "--num-images", type=common.at_least(1), default=64, metavar="N",
         help="images to measure, spread evenly over the validation images",
     )  # fmt: skip
     return parser
@@ -259,13 +259,7 @@ def run(args: Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    setup_logging()
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+    return run_script(get_parser(), run, argv)
 
 
 if __name__ == "__main__":

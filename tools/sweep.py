@@ -43,7 +43,7 @@ from utils import (
     find_amp,
     git_hash,
     logger,
-    setup_logging,
+    run_script,
     versions,
     write_atomically,
 )
@@ -450,7 +450,7 @@ def _rate(text: str) -> float:
     return value
 
 
-def get_args_parser() -> ArgumentParser:
+def get_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = common.tool_parser("sweep", HELP, batch_size=64)
     add_data_arguments(parser)
@@ -471,7 +471,7 @@ def get_args_parser() -> ArgumentParser:
         "checkpoints best:bat@0.5; may be given again",
     )  # fmt: skip
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
-    add("--save-every", type=common.at_least_one, default=20, metavar="N",
+    add("--save-every", type=common.at_least(1), default=20, metavar="N",
         help="batches between savings")  # fmt: skip
     add("--restart", action="store_true", help="replace an earlier sweep")
     return parser
@@ -547,17 +547,13 @@ def run(args: Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    setup_logging()
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: saves before it ends
     try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+        return run_script(get_parser(), run, argv)
     except KeyboardInterrupt:
-        command = "this command without --restart" if args.restart else "the same command"
-        print(f"{parser.prog}: interrupted; {command} goes on from there", file=sys.stderr)
+        print(
+            "interrupted: the same command, without --restart, goes on from there", file=sys.stderr
+        )
         return 130
 
 
