@@ -71,24 +71,16 @@ def test_closed_forms(tokens, distance, cosine, rank):
     assert effective_rank(x).tolist() == pytest.approx([rank] * 2, **approx)
 
 
-def test_measures_against_loops():
+def test_measures_of_random_tokens():
     x = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1)).double() + 0.5
-    for b, tokens in enumerate(x.numpy()):
-        mean = sum(tokens) / len(tokens)
-        residual = sum(((token - mean) ** 2).sum() for token in tokens)
-        expected = math.sqrt(residual / (tokens**2).sum())
-        assert relative_distance(x)[b].item() == pytest.approx(expected)
-        # No other row vector is nearer than the mean.
-        for shift in np.eye(5) * 1e-3:
-            other = sum(((token - mean - shift) ** 2).sum() for token in tokens)
-            assert other > residual
-        cosines = [
-            (tokens[i] @ tokens[j]) / np.linalg.norm(tokens[i]) / np.linalg.norm(tokens[j])
-            for i in range(7)
-            for j in range(7)
-            if i != j
-        ]
-        assert mean_cosine(x)[b].item() == pytest.approx(np.mean(cosines))
+    cosines = torch.nn.functional.cosine_similarity(x[:, :, None], x[:, None], dim=3)
+    different = ~torch.eye(7, dtype=torch.bool)
+    torch.testing.assert_close(mean_cosine(x), cosines[:, different].mean(dim=1))
+    # The distance to the nearest matrix of equal rows, by least squares.
+    ones = torch.ones(2, 7, 1, dtype=torch.float64)
+    residual = x - ones @ torch.linalg.lstsq(ones, x).solution
+    expected = residual.norm(dim=(1, 2)) / x.norm(dim=(1, 2))
+    torch.testing.assert_close(relative_distance(x), expected)
 
 
 def test_attention_share():
@@ -120,7 +112,7 @@ def test_rows_against_separate_forward_passes(model):
         for index, block in enumerate(model.blocks):
             row = table.loc[(method, index)]
             if index in model.reduction_loc:
-                importance = block.attn.attend(block.norm1(x)).importance[:, 1:]
+                importance = block.attn.attend(block.norm1(x))[1][:, 1:]
                 share = attention_share(importance, int(row.num_attentive))
                 assert row.attention_share == pytest.approx(share.mean().item(), rel=1e-5)
                 x, sizes, *_ = block(x, sizes)
@@ -169,7 +161,7 @@ def test_command(tmp_path, flags, capsys):
     assert run_tool(diversity.main, flags) == 1
     out, error = capsys.readouterr()
     assert "ant/0.png" in error and "1 of 4 images could not be read" in error
-    assert f"wrote {tmp_path / 'out' / 'diversity.csv'}" in out
+    assert f"wrote diversity.csv, .png and .pdf to {tmp_path / 'out'}" in out
     table = pd.read_csv(tmp_path / "out" / "diversity.csv")
     assert len(table) == 3 * 4 and set(table.num_images) == {3}
     assert set(table.num_tokens[table.reduction == "none"]) == {24}

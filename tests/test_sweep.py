@@ -123,6 +123,12 @@ def test_tables_hold_what_json_holds(finished):
     )
     comparisons = pd.read_csv(finished / "comparisons.csv")
     pd.testing.assert_frame_equal(comparisons, pd.DataFrame(whole["comparisons"]))
+    assert len(comparisons) == 2 * 2 * 5  # a checkpoint and keep rate: 3 with bat, 2 more with evit
+    right, names = read(finished)[1]["correct1"], whole["settings"]["configurations"]
+    for line in comparisons.itertuples():
+        first, second = (right[names.index(name)] for name in (line.first, line.second))
+        assert line.only_first == (first & ~second).sum()
+        assert line.difference == pytest.approx(100 * (first.mean() - second.mean()))
 
 
 def test_every_batch_is_read_once_and_shown_to_all(flags, tmp_path, monkeypatch, capsys):
@@ -142,7 +148,7 @@ def test_every_batch_is_read_once_and_shown_to_all(flags, tmp_path, monkeypatch,
     assert run_tool(sweep.main, flags(tmp_path)) == 0
     assert reads == list(range(NUM_IMAGES))
     assert len(forwards) == 9 * 5 and len(set(forwards)) == 1
-    assert f"wrote {tmp_path / 'sweep.csv'}" in capsys.readouterr().out
+    assert f"comparisons.csv to {tmp_path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where, number", [(22, signal.SIGINT), (44, signal.SIGTERM)])
@@ -185,8 +191,7 @@ def test_other_settings_in_the_same_folder(flags, tmp_path, capsys):
     assert "--restart" in refusal(capsys, sweep.main, base)
 
 
-def test_ablations_equal_separate_evaluations(root, flags, tmp_path, capsys):
-    ablation = {"cluster_ratio": 0.0, "match_ratio": 0.0, "merge_weights": "mean"}
+def test_ablations_and_one_asked_comparison(flags, tmp_path, capsys):
     more = ["--cluster-ratio", "0", "--match-ratio", "0", "--merge-weights", "mean"]
     assert run_tool(sweep.main, flags(tmp_path, *more, "--compare", "bat@0.4", "topk@0.7")) == 0
     assert "a:bat@0.4 less a:topk@0.7: " in capsys.readouterr().out
@@ -194,9 +199,6 @@ def test_ablations_equal_separate_evaluations(root, flags, tmp_path, capsys):
     rows = {(row["reduction"], row["keep_rate"]): row for row in read(tmp_path)[0]}
     # Without clusters and pairs BAT is pruning.
     assert rows["bat", 0.4]["loss"] == rows["topk", 0.4]["loss"]
-    checkpoint = load_checkpoint(root / "a.pth")
-    model = model_from_checkpoint(checkpoint, reduction="bat", keep_rate=0.4, **ablation)
-    assert rows["bat", 0.4]["gmacs"] == models.count_gmacs(model)
 
 
 def test_moving_average_of_the_weights(root, data_path, flags, tmp_path):
@@ -217,6 +219,8 @@ def test_moving_average_of_the_weights(root, data_path, flags, tmp_path):
         (["--cluster-ratio", "2"], ["cluster_ratio", "2"]),
         (["--batch-size", "0"], ["--batch-size", "0", "at least 1"]),
         (["--save-every", "0"], ["--save-every", "0", "at least 1"]),
+        (["--num-workers", "-1"], ["--num-workers", "at least 0"]),
+        (["--seed", "x"], ["--seed", "invalid integer value: 'x'"]),
         (["--output-dir", ""], ["--output-dir"]),
         (["--data-path", "nowhere"], ["nowhere"]),
     ],
@@ -312,17 +316,6 @@ def test_bootstrap_interval():
     assert result["high"] - result["low"] == pytest.approx(width, rel=0.05)
     same = compare_paired(first, first)
     assert [same[name] for name in ("difference", "low", "high", "p_value")] == [0, 0, 0, 1]
-
-
-def test_comparisons_come_from_the_predictions(finished):
-    _, arrays = read(finished)
-    names = json.loads(str(arrays["settings"]))["configurations"]
-    table = pd.read_csv(finished / "comparisons.csv")
-    assert len(table) == 2 * 2 * 5  # a checkpoint and keep rate: 3 with bat, 2 more with evit
-    for line in table.itertuples():
-        first, second = (arrays["correct1"][names.index(n)] for n in (line.first, line.second))
-        assert line.only_first == (first & ~second).sum()
-        assert line.difference == pytest.approx(100 * (first.mean() - second.mean()))
 
 
 def test_figure_shows_the_table(finished):

@@ -161,7 +161,7 @@ def test_table_of_a_folder(tmp_path, flags, capsys):
     assert run_tool(tokens.main, flags) == 1
     out, error = capsys.readouterr()
     assert "b/broken.jpg" in error and "1 of 4 images could not be read" in error
-    assert f"wrote {tmp_path / 'out' / 'tokens.csv'}" in out
+    assert f"wrote tokens.csv, .png and .pdf to {tmp_path / 'out'}" in out
     table = read_table(tmp_path)
     places = [(patch // COLUMNS, patch % COLUMNS) for patch in range(NUM_PATCHES)]
     assert list(zip(table.image, table.row, table.column, strict=True)) == [

@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
@@ -21,12 +21,16 @@ from models.reduction import ReducedTokens
 from utils import InputError, init_process, logger, seed_everything, write_atomically
 
 
-def at_least_one(text: str) -> int:
-    """An integer from 1 up, as argparse's type."""
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def at_least(low: int) -> Callable[[str], int]:
+    """argparse's type for an integer from `low` up."""
+
+    def read(text: str) -> int:
+        if (value := int(text)) < low:
+            raise ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    read.__name__ = "integer"  # argparse says "invalid integer value"
+    return read
 
 
 def _folder(text: str) -> Path:
@@ -47,10 +51,10 @@ def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentPars
     add = parser.add_argument_group("run").add_argument
     add("--checkpoint", default="", help="of main.py; without it: random weights")
     add("--output-dir", type=_folder, default=f"output/{name}", help="where to write")
-    add("--batch-size", type=at_least_one, default=batch_size, help="images at a time")
-    add("--num-workers", type=int, default=2, help="data loader worker processes")
+    add("--batch-size", type=at_least(1), default=batch_size, help="images at a time")
+    add("--num-workers", type=at_least(0), default=2, help="data loader worker processes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--seed", type=int, default=0, help="random seed")
+    add("--seed", type=at_least(0), default=0, help="random seed")
     return parser
 
 
@@ -146,8 +150,3 @@ def block_outputs(model: BATVisionTransformer) -> Iterator[list[Tensor | Reduced
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Writes a CSV file; floats keep all their digits."""
     write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
-
-
-def say_written(stem: Path, *suffixes: str) -> None:
-    """Says on one line which files a tool wrote: a stem with each of the suffixes."""
-    logger.info(f"wrote {', '.join(str(stem.with_name(stem.name + each)) for each in suffixes)}")

@@ -24,7 +24,7 @@ from models import REDUCTIONS, BATVisionTransformer
 from models.reduction import ReducedTokens
 from tools import common
 from tools.figures import below_figure, method_style, new_figure, save_figure, styled
-from utils import InputError, check_writable, setup_logging
+from utils import check_writable, logger, run_script
 
 TINY = 1e-30  # keeps 0 / 0 at 0
 HELP = """Measures the patch tokens X (one a row) that leave each block: the relative distance to
@@ -222,7 +222,7 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def get_args_parser() -> ArgumentParser:
+def get_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = common.tool_parser("diversity", HELP, batch_size=16)
     add_data_arguments(parser)
@@ -233,7 +233,7 @@ def get_args_parser() -> ArgumentParser:
         metavar="METHOD", help=f"methods: {', '.join(REDUCTIONS)}",
     )  # fmt: skip
     group.add_argument(
-        "--num-images", type=common.at_least_one, default=64, metavar="N",
+        "--num-images", type=common.at_least(1), default=64, metavar="N",
         help="images to measure, spread evenly over the validation images",
     )  # fmt: skip
     return parser
@@ -242,9 +242,8 @@ def get_args_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
     device = common.find_device(args)
-    model = common.load_model(
-        Namespace(**vars(args) | {"reduction": None}), args.checkpoint, device
-    )
+    own = Namespace(**vars(args) | {"reduction": None})
+    model = common.load_model(own, args.checkpoint, device)
     dataset, _ = build_dataset(False, args, model.patch_embed.img_size)
     stem = check_writable(args.output_dir) / "diversity"
     count = min(args.num_images, len(dataset))
@@ -254,19 +253,13 @@ def run(args: Namespace) -> int:
     table = measure_methods(model, args.reduction, (images for images, _ in batches))
     common.write_table(table, stem.with_name("diversity.csv"))
     save_figure(plot_diversity(table), stem)
-    common.say_written(stem, ".csv", ".png", ".pdf")
+    logger.info(f"wrote diversity.csv, .png and .pdf to {args.output_dir}")
     return common.report_bad_images(dataset, bad, count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    setup_logging()
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+    return run_script(get_parser(), run, argv)
 
 
 if __name__ == "__main__":

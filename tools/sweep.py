@@ -43,7 +43,7 @@ from utils import (
     find_amp,
     git_hash,
     logger,
-    setup_logging,
+    run_script,
     versions,
     write_atomically,
 )
@@ -429,13 +429,15 @@ def write_sweep(folder: Path, rows: list[dict], comparisons: list[dict], setting
     }
     (folder / "sweep.json").write_text(json.dumps(whole, indent=2) + "\n")
     (folder / "comparisons.csv").unlink(missing_ok=True)  # an earlier sweep's
+    written = "sweep.csv, .json, .png and .pdf"
     if comparisons:
         common.write_table(pd.DataFrame(comparisons), folder / "comparisons.csv")
+        written += ", comparisons.csv"
     save_figure(plot_accuracy(rows), folder / "sweep")
     shown = table.drop(columns=["num_images", "bad_images"])
     digits = {"acc1": 3, "acc5": 3, "loss": 4, "gmacs": 4, "images_per_second": 1}
     logger.info(shown.round(digits).to_string(index=False))
-    common.say_written(folder / "sweep", ".csv", ".json", ".png", ".pdf")
+    logger.info(f"wrote {written} to {folder}")
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -448,7 +450,7 @@ def _rate(text: str) -> float:
     return value
 
 
-def get_args_parser() -> ArgumentParser:
+def get_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = common.tool_parser("sweep", HELP, batch_size=64)
     add_data_arguments(parser)
@@ -469,13 +471,8 @@ def get_args_parser() -> ArgumentParser:
         "checkpoints best:bat@0.5; may be given again",
     )  # fmt: skip
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
-    add(
-        "--save-every",
-        type=common.at_least_one,
-        default=20,
-        metavar="N",
-        help="batches between savings",
-    )
+    add("--save-every", type=common.at_least(1), default=20, metavar="N",
+        help="batches between savings")  # fmt: skip
     add("--restart", action="store_true", help="replace an earlier sweep")
     return parser
 
@@ -517,9 +514,7 @@ def run(args: Namespace) -> int:
     counts = len(configurations), len(dataset)
     predictions = open_predictions(path, settings, *counts, restart=args.restart)
     num_done = int(predictions["num_done"])
-    logger.info(
-        f"{counts[0]} configurations on {counts[1]} images, {num_done} of them done earlier"
-    )
+    logger.info(f"{counts[0]} configurations on {counts[1]} images, {num_done} done earlier")
     # The pass over the data.
     loader = DataLoader(
         dataset,
@@ -552,16 +547,13 @@ def run(args: Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    setup_logging()
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: saves before it ends
     try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+        return run_script(get_parser(), run, argv)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from there", file=sys.stderr)
+        print(
+            "interrupted: the same command, without --restart, goes on from there", file=sys.stderr
+        )
         return 130
 
 

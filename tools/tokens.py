@@ -28,7 +28,7 @@ from models.reduction import ReducedTokens, group_sums
 from models.trace import PatchKind, trace_patches
 from tools import common
 from tools.figures import new_figure, save_figure, styled
-from utils import InputError, check_writable, setup_logging
+from utils import check_writable, logger, run_script
 
 HELP = """Says for every patch of every image what became of it. tokens.csv has a row a patch, with
 lost_at, the first stage (from 1) after which no token stands for the patch alone, and for each
@@ -43,9 +43,12 @@ KIND_NAMES = np.array([kind.name.lower() for kind in PatchKind])
 
 
 class ImageFiles:
-    """Image files as the source of a `SampleDataset`."""
+    """Image files as the source of a `SampleDataset`: a data set without classes."""
+
+    classes = ("image",)
 
     def __init__(self, files: Sequence[Path]) -> None:
+        self.targets = [0] * len(files)
         self.samples = [(str(path), 0) for path in files]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -186,7 +189,7 @@ def heat_map(
     bar.outline.set_linewidth(0.6)
 
 
-def get_args_parser() -> ArgumentParser:
+def get_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = common.tool_parser("tokens", HELP, batch_size=16)
     add = parser.add_argument_group("what to follow").add_argument
@@ -198,7 +201,7 @@ def get_args_parser() -> ArgumentParser:
     add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
     add("--bad-images", choices=("error", "skip"), default="skip",
         help="an unreadable image ends the run, or is left out and named")  # fmt: skip
-    add("--num-images", type=common.at_least_one, metavar="N",
+    add("--num-images", type=common.at_least(1), metavar="N",
         help="follow the first N images; default: all")  # fmt: skip
     return parser
 
@@ -214,20 +217,16 @@ def run(args: Namespace) -> int:
     dataset = SampleDataset(
         ImageFiles(files),
         build_transform(False, args, img_size),
-        targets=[0] * len(files),
-        classes=["image"],
         image_size=img_size,
         bad_images=args.bad_images,
     )
     stem = check_writable(args.output_dir) / "tokens"
     sums, bad = 0, []
+    batches = common.readable_batches(dataset, range(len(files)), args, device=device, bad=bad)
     partial = stem.with_name("tokens.csv.partial")
     try:
         with open(partial, "w", newline="", encoding="utf-8") as file:
-            indices = range(len(files))
-            for images, good in common.readable_batches(
-                dataset, indices, args, device=device, bad=bad
-            ):
+            for images, good in batches:
                 table = follow_patches(model, images, [names[index] for index in good])
                 table.to_csv(file, index=False, header=file.tell() == 0)
                 sums = sums + sum_patches(table, len(model.reduction_loc))
@@ -238,19 +237,13 @@ def run(args: Namespace) -> int:
     maps = means.to_numpy(float).T.reshape(-1, *model.patch_embed.grid_size)
     figure = plot_patches(maps[:-1], maps[-1], model.reduction_loc, len(files) - len(bad))
     save_figure(figure, stem)
-    common.say_written(stem, ".csv", ".png", ".pdf")
+    logger.info(f"wrote tokens.csv, .png and .pdf to {args.output_dir}")
     return common.report_bad_images(dataset, bad, len(files))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    setup_logging()
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+    return run_script(get_parser(), run, argv)
 
 
 if __name__ == "__main__":
