@@ -120,7 +120,8 @@ def squared_distances(x: Tensor) -> Tensor:
     x = x.float()
     centred = x - x.mean(dim=1, keepdim=True)
     gram = inner_products(centred, centred)  # (B, M, M)
-    norms = gram.diagonal(dim1=-2, dim2=-1)  # (B, M)
+    token = torch.arange(x.shape[1], device=x.device)
+    norms = gram[:, token, token]  # (B, M)
     # In place: at these sizes fresh memory costs a CPU more than the arithmetic.
     squared = (norms.unsqueeze(2) + norms.unsqueeze(1)).sub_(gram, alpha=2)
     return squared.clamp_(min=0).div_(x.shape[2])
