@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from arguments import ArgumentParser, add_model_arguments, model_arguments
+from arguments import ArgumentParser, add_data_arguments, add_model_arguments, model_arguments
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
-from models import BATVisionTransformer
+from models import REDUCTIONS, BATVisionTransformer
 from models.reduction import ReducedTokens
 from utils import InputError, init_process, logger, seed_everything, write_atomically
 
@@ -36,10 +36,7 @@ def _folder(text: str) -> Path:
 
 
 def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentParser:
-    """The parser of `python -m tools.NAME` with the flags of a model and of a run.
-
-    A flag that is added again replaces the one that is there.
-    """
+    """The parser of `python -m tools.NAME` with the flags of a model and of a run."""
     parser = ArgumentParser(
         prog=f"python -m tools.{name}", description=description, conflict_handler="resolve"
     )
@@ -54,6 +51,21 @@ def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentPars
     return parser
 
 
+def comparison_parser(name: str, description: str, **options) -> ArgumentParser:
+    """A `tool_parser` for a tool that shows several methods the same validation images.
+
+    --reduction takes several methods, which become args.reductions; args.reduction is None.
+    """
+    parser = tool_parser(name, description, **options)
+    add_data_arguments(parser)
+    parser.set_defaults(bad_images="skip", reduction=None)
+    parser.add_argument_group("what to compare").add_argument(
+        "--reduction", dest="reductions", nargs="+", choices=tuple(REDUCTIONS), metavar="METHOD",
+        default=list(REDUCTIONS), help=f"methods: {', '.join(REDUCTIONS)}",
+    )  # fmt: skip
+    return parser
+
+
 def find_device(args: Namespace) -> torch.device:
     """The device that the flags name; `InputError` under a launcher."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -62,16 +74,7 @@ def find_device(args: Namespace) -> torch.device:
 
 
 def load_model(args: Namespace, path: str, device: torch.device) -> BATVisionTransformer:
-    """Rebuilds a checkpoint's model, in evaluation mode; "" stands for random weights.
-
-    Args:
-        args: reads the flags of `add_model_arguments`, and seed.
-        path: of the checkpoint.
-        device: where to put the model.
-
-    Raises:
-        InputError: the checkpoint cannot be read or does not fit the flags.
-    """
+    """The model of a checkpoint ("": random weights) with what the flags change, to evaluate."""
     if args.ema and not path:
         raise InputError("--ema needs --checkpoint: random weights have no moving average")
     checkpoint = load_checkpoint(path) if path else {}
@@ -82,21 +85,9 @@ def load_model(args: Namespace, path: str, device: torch.device) -> BATVisionTra
 
 
 def readable_batches(
-    dataset: SampleDataset,
-    indices: Sequence[int],
-    args: Namespace,
-    *,
-    device: torch.device,
-    bad: list[int],
+    dataset: SampleDataset, indices: Sequence[int], args: Namespace, bad: list[int]
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Batches of those images that can be read, each with their indices in the data set.
-
-    Args:
-        dataset: with bad_images "skip", or a bad image raises.
-        indices: of the images, at least one.
-        args: reads batch_size and num_workers.
-        device: where to put the images.
-        bad: gets the indices of the others.
+    """Batches of those images that can be read, each with their indices; `bad` gets the others'.
 
     Raises:
         InputError: none of them can be read.
@@ -112,7 +103,7 @@ def readable_batches(
         logger.info(f"image {num_seen} of {len(indices)}")
         good = is_bad == 0
         if good.any():
-            yield images[good].to(device), list(compress(batch, good))
+            yield images[good], list(compress(batch, good))
     if len(bad) == num_seen:
         raise InputError(f"none of the {num_seen} images can be read")
 
@@ -145,7 +136,7 @@ def block_outputs(model: BATVisionTransformer) -> Iterator[list[Tensor | Reduced
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Writes a CSV file; floats keep all their digits."""
-    write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
+    write_atomically(path, lambda file: table.to_csv(file, index=False, mode="wb"))
 
 
 def say_written(stem: Path, *suffixes: str) -> None:
