@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
@@ -51,19 +51,22 @@ def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentPars
     return parser
 
 
-def comparison_parser(name: str, description: str, **options) -> ArgumentParser:
-    """A `tool_parser` for a tool that shows several methods the same validation images.
+def comparison_parser(
+    name: str, description: str, *, batch_size: int
+) -> tuple[ArgumentParser, Callable]:
+    """A `tool_parser` for several methods on the same validation images, and what adds its flags.
 
     --reduction takes several methods, which become args.reductions; args.reduction is None.
     """
-    parser = tool_parser(name, description, **options)
+    parser = tool_parser(name, description, batch_size=batch_size)
     add_data_arguments(parser)
     parser.set_defaults(bad_images="skip", reduction=None)
-    parser.add_argument_group("what to compare").add_argument(
+    add = parser.add_argument_group("what to compare").add_argument
+    add(
         "--reduction", dest="reductions", nargs="+", choices=tuple(REDUCTIONS), metavar="METHOD",
         default=list(REDUCTIONS), help=f"methods: {', '.join(REDUCTIONS)}",
     )  # fmt: skip
-    return parser
+    return parser, add
 
 
 def find_device(args: Namespace) -> torch.device:

@@ -44,11 +44,9 @@ def relative_distance(x: Tensor) -> Tensor:
     "Attention is not all you need: pure attention loses rank doubly exponentially with depth"
     (ICML 2021, arXiv 2103.03404).
 
-    Args:
-        x: (B, N, D) tokens.
-
     Returns:
-        (B,) float64 in [0, 1]: 0 for identical tokens, 1 for tokens of mean 0; 0 if all are 0.
+        (B,) float64 in [0, 1], for tokens x (B, N, D): 0 for identical tokens, 1 for tokens of mean
+        0; 0 if all are 0.
     """
     x = x.double()
     residual = x - x.mean(dim=1, keepdim=True)
@@ -60,12 +58,9 @@ def mean_cosine(x: Tensor) -> Tensor:
 
     With unit vectors u_i this is (||sum u_i||^2 - sum ||u_i||^2) / (N (N - 1)).
 
-    Args:
-        x: (B, N, D) tokens.
-
     Returns:
-        (B,) float64 in [-1 / (N - 1), 1]: 1 for identical tokens, 0 for orthogonal ones; a token
-        that is 0 has cosine 0 to all others; NaN for N = 1.
+        (B,) float64 in [-1 / (N - 1), 1], for tokens x (B, N, D): 1 for identical tokens, 0 for
+        orthogonal ones; a token that is 0 has cosine 0 to all others; NaN for N = 1.
     """
     unit = F.normalize(x.double(), dim=2, eps=TINY)
     num_tokens = x.shape[1]
@@ -81,11 +76,9 @@ def effective_rank(x: Tensor) -> Tensor:
     Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007).
     The tokens are not centred.
 
-    Args:
-        x: (B, N, D) tokens.
-
     Returns:
-        (B,) float64 from 1 (all tokens parallel) to min(N, D) (e.g. orthogonal, of equal length).
+        (B,) float64, for tokens x (B, N, D): from 1 (all of them parallel) to min(N, D) (e.g.
+        orthogonal, of equal length).
     """
     singular = torch.linalg.svdvals(x.double())  # (B, min(N, D))
     p = F.normalize(singular, p=1, dim=1, eps=TINY)
@@ -98,11 +91,7 @@ def attention_share(importance: Tensor, num_attentive: int) -> Tensor:
     return shares.topk(num_attentive, dim=1).values.sum(dim=1)
 
 
-MEASURES = {
-    "relative_distance": relative_distance,
-    "mean_cosine": mean_cosine,
-    "effective_rank": effective_rank,
-}
+MEASURES = {own.__name__: own for own in (relative_distance, mean_cosine, effective_rank)}
 MEASURE_LABELS = {
     "relative_distance": "relative distance to\nequal tokens",
     "mean_cosine": "mean cosine of\ntoken pairs",
@@ -149,12 +138,9 @@ def measure_images(model: BATVisionTransformer, images: Tensor) -> pd.DataFrame:
 def measure_methods(
     model: BATVisionTransformer, reductions: Sequence[str], batches: Iterable[Tensor]
 ) -> pd.DataFrame:
-    """Measures every block under every method, on the same images.
+    """Measures every block of a model under every method, on the same images (B, 3, H, W).
 
-    Args:
-        model: in evaluation mode; its method is switched, its keep rates stay.
-        reductions: names in REDUCTIONS.
-        batches: (B, 3, H, W) normalised images.
+    The model, in evaluation mode, is switched to each method; its keep rates stay.
 
     Returns:
         One row a method and block: reduction, block (from 0), num_tokens that leave it,
@@ -182,9 +168,6 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
 
     Lines carry the method as their gid, panels the measure as their label. The deviations between
     images, which all methods share, would hide the lines; they are in the table.
-
-    Args:
-        table: as `measure_methods` returns it.
     """
     figure = new_figure(4.0)
     panels = figure.subplots(2, 2, sharex=True)
@@ -214,11 +197,9 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = common.comparison_parser("diversity", HELP, batch_size=16)
-    parser.add_argument(
-        "--num-images", type=common.at_least_one, default=64, metavar="N",
-        help="images to measure, spread evenly over the validation images",
-    )  # fmt: skip
+    parser, add = common.comparison_parser("diversity", HELP, batch_size=16)
+    add("--num-images", type=common.at_least_one, default=64, metavar="N",
+        help="images to measure, spread evenly over the validation images")  # fmt: skip
     return parser
 
 

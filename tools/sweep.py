@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations, product
 from pathlib import Path
 from typing import NamedTuple
@@ -308,18 +308,13 @@ def summarize(
 
 
 def compare_paired(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> dict:
-    """Compares which images two configurations get right.
+    """Compares which images two configurations get right: first and second, (images,) bool.
 
     The bootstrap draws the images with replacement, both answers to an image together, 10,000
     times, and takes the 2.5th and 97.5th percentile (Efron and Tibshirani 1993, chapter 13). Only
     how many images fall to either side matters, and these counts are multinomial: they are drawn
     directly. McNemar's exact test asks how likely so uneven a split of the images that only one
     gets right is, if each fell to either side with probability 1/2 (two-sided binomial test).
-
-    Args:
-        first: (images,) bool, right answers of one configuration.
-        second: (images,) bool, of the other.
-        seed: random seed of the bootstrap.
 
     Returns:
         In percentage points acc1_first, acc1_second, their difference, and low and high, the ends
@@ -352,20 +347,6 @@ def comparison_pairs(configurations: Sequence[Configuration]) -> list[tuple[int,
         for (index, entry), (rival_index, rival) in permutations(enumerate(configurations), 2)
         if (entry.checkpoint, entry.keep_rate) == (rival.checkpoint, rival.keep_rate)
         and (entry.reduction == "bat" or rival.reduction == "evit")
-    ]
-
-
-def compare(
-    correct: np.ndarray,
-    configurations: Sequence[Configuration],
-    pairs: Iterable[tuple[int, int]],
-    seed: int,
-) -> list[dict]:
-    """One row of plain values a pair: the two names, and what `compare_paired` says of them."""
-    return [
-        {"first": configurations[first].name, "second": configurations[second].name}
-        | compare_paired(correct[first], correct[second], seed=seed)
-        for first, second in pairs
     ]
 
 
@@ -402,23 +383,20 @@ def _rate(text: str) -> float:
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = common.comparison_parser("sweep", HELP, batch_size=64)
+    parser, add = common.comparison_parser("sweep", HELP, batch_size=64)
     parser.set_defaults(reductions=["topk", "evit", "bat"], keep_rate=None)
-    add = parser.add_argument_group("what to evaluate").add_argument
+    # fmt: off
     add("--checkpoint", nargs="+", required=True, help="files of main.py")
-    add(
-        "--keep-rate", "--base-keep-rate", dest="keep_rates", type=_rate, nargs="+",
+    add("--keep-rate", "--base-keep-rate", dest="keep_rates", type=_rate, nargs="+",
         default=[1.0, 0.7, 0.5, 0.3], metavar="RATE",
-        help="keep rates of all stages, in (0, 1]; 1 is the dense model",
-    )  # fmt: skip
-    add(
-        "--compare", nargs=2, action="append", default=[], metavar=("A", "B"),
+        help="keep rates of all stages, in (0, 1]; 1 is the dense model")
+    add("--compare", nargs=2, action="append", default=[], metavar=("A", "B"),
         help="print one pair and add it to comparisons.csv, such as bat@0.5 evit@0.7; with several "
-        "checkpoints best:bat@0.5; may be given again",
-    )  # fmt: skip
+        "checkpoints best:bat@0.5; may be given again")
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
     add("--save-every", type=common.at_least_one, default=20, metavar="N",
-        help="batches between savings")  # fmt: skip
+        help="batches between savings")
+    # fmt: on
     add("--restart", action="store_true", help="replace an earlier sweep")
     return parser
 
@@ -452,17 +430,21 @@ def run(args: Namespace) -> int:
     settings = sweep_settings(args, models, configurations, dataset)
     shape = len(configurations), len(dataset)
     predictions = open_predictions(path, settings, shape, restart=args.restart)
-    num_done = predictions["num_done"]
-    logger.info(f"{shape[0]} configurations on {shape[1]} images, {num_done} of them done earlier")
+    done = predictions["num_done"]
+    logger.info(f"{shape[0]} configurations on {shape[1]} images, {done} of them done earlier")
     # The pass over the data.
     run_sweep(args, predictions, models, configurations, dataset, path)
     # Results.
     table = summarize(predictions, models, configurations)
-    pairs = list(dict.fromkeys(comparison_pairs(configurations) + asked))
-    comparisons = compare(predictions["correct1"], configurations, pairs, args.seed)
-    write_sweep(folder, table, comparisons, settings)
+    correct = predictions["correct1"]
+    comparisons = {}
+    for first, second in comparison_pairs(configurations) + asked:
+        names = {"first": configurations[first].name, "second": configurations[second].name}
+        difference = compare_paired(correct[first], correct[second], seed=args.seed)
+        comparisons[first, second] = names | difference
+    write_sweep(folder, table, list(comparisons.values()), settings)
     for pair in asked:
-        row = comparisons[pairs.index(pair)]
+        row = comparisons[pair]
         logger.info(
             f"{row['first']} less {row['second']}: {row['difference']:+.3f} points of Acc@1, 95 % "
             f"interval {row['low']:+.3f} to {row['high']:+.3f}, McNemar's p {row['p_value']:.3g}"

@@ -131,11 +131,7 @@ def plot_patches(table: pd.DataFrame, blocks: Sequence[int]) -> Figure:
     """Heat maps over the patch grid: importance at each stage, and when patches lost their token.
 
     Both are means over the images; where a patch has no token any more, it has no importance, and
-    one that keeps its own token counts as lost at stage S + 1.
-
-    Args:
-        table: as `follow_patches` returns it.
-        blocks: index of the block of each stage.
+    one that keeps its own token counts as lost at stage S + 1. `blocks` has each stage's block.
     """
     never = len(blocks) + 1
     patches = table.assign(lost_at=table.lost_at.fillna(never)).groupby(["row", "column"])
@@ -177,16 +173,15 @@ def heat_map(
 def get_args_parser() -> ArgumentParser:
     parser = common.tool_parser("tokens", HELP, batch_size=16)
     add = parser.add_argument_group("what to follow").add_argument
-    add(
-        "--data-path", required=True,
-        help="an image, a folder of images (searched recursively), or a text file with one path a "
-        "line",
-    )  # fmt: skip
+    # fmt: off
+    add("--data-path", required=True,
+        help="an image, a folder of images (searched recursively), or a text file of paths")
     add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
     add("--bad-images", choices=("error", "skip"), default="skip",
-        help="an unreadable image ends the run, or is left out and named")  # fmt: skip
+        help="an unreadable image ends the run, or is left out and named")
     add("--num-images", type=common.at_least_one, metavar="N",
-        help="follow the first N images; default: all")  # fmt: skip
+        help="follow the first N images; default: all")
+    # fmt: on
     return parser
 
 
