@@ -96,15 +96,21 @@ def single(root, flags):
     return root / "single"
 
 
-def test_sweep_equals_separate_evaluations(root, data_path, finished):
+@pytest.fixture(scope="module")
+def evaluated(data_path):
+    """`evaluated(model)`: its accuracies and loss, in an evaluation of its own."""
     loader = DataLoader(build_dataset(False, dataset_args(data_path), 32)[0], batch_size=5)
+    return lambda model: evaluate(loader, model, torch.device("cpu"), print_freq=100)
+
+
+def test_sweep_equals_separate_evaluations(root, evaluated, finished):
     rows, arrays = read(finished)
     assert len(rows) == 2 * (1 + 4 * 2)  # the dense model once a checkpoint
     for row, loss in zip(rows, arrays["loss"], strict=True):
         checkpoint = load_checkpoint(root / f"{row['checkpoint']}.pth")
         choice = {name: row[name] for name in ("reduction", "keep_rate")}
         model = model_from_checkpoint(checkpoint, **choice)
-        expected = evaluate(loader, model, torch.device("cpu"), print_freq=100)
+        expected = evaluated(model)
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-12)
         assert loss.mean() == pytest.approx(row["loss"])
         assert row["tokens"] == [stage.num_outputs for stage in model.stages()]
@@ -199,12 +205,10 @@ def test_ablations_equal_separate_evaluations(root, flags, tmp_path, capsys):
     assert rows["bat", 0.4]["gmacs"] == models.count_gmacs(model)
 
 
-def test_moving_average_of_the_weights(root, data_path, flags, tmp_path):
+def test_moving_average_of_the_weights(root, evaluated, flags, tmp_path):
     assert run_tool(sweep.main, flags(tmp_path, "--ema")) == 0
-    loader = DataLoader(build_dataset(False, dataset_args(data_path), 32)[0], batch_size=5)
     model = model_from_checkpoint(load_checkpoint(root / "a.pth"), ema=True, keep_rate=1.0)
-    expected = evaluate(loader, model, torch.device("cpu"), print_freq=100)
-    assert read(tmp_path)[0][0]["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    assert read(tmp_path)[0][0]["loss"] == pytest.approx(evaluated(model)["loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -333,10 +337,11 @@ def test_figure_shows_the_table(finished):
     assert set(lines) == {f"{c}:{m}" for c in "ab" for m in ("none", "topk", "evit", "bat", "tome")}
     for gid, line in lines.items():
         checkpoint, method = gid.split(":")
-        own = [
-            r for r in rows if r["checkpoint"] == checkpoint and r["reduction"] in (method, "none")
-        ]
-        expected = sorted((row["gmacs"], row["acc1"]) for row in own)
+        expected = sorted(
+            (row["gmacs"], row["acc1"])
+            for row in rows
+            if row["checkpoint"] == checkpoint and row["reduction"] in (method, "none")
+        )
         assert [tuple(point) for point in line.get_xydata()] == expected
     assert len({line.get_color() for line in lines.values()}) == 5
     assert lines["a:bat"].get_color() == lines["b:bat"].get_color()

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import build_tiny, draw_batch
 from data_helpers import random_image
-from timm.layers import resample_abs_pos_embed
 from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 
 import models
@@ -18,6 +17,7 @@ from tools.common import block_outputs
 from tools.tokens import follow_patches, group_shares, plot_patches
 
 NUM_IMAGES, NUM_PATCHES, COLUMNS = 4, 24, 6
+IMAGES = draw_batch(NUM_IMAGES, 3, 32, 48)
 CHANGES = {"img_size": (32, 48), "depth": 5, "reduction_loc": (1, 2, 3), "keep_rate": 0.7}
 STAGES = (1, 2, 3)
 
@@ -27,21 +27,17 @@ def model():
     return build_tiny(**CHANGES)
 
 
-def draw_images():
-    return torch.randn(NUM_IMAGES, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-
-
 def follow(model):
-    """The table of four images, and a function that gives a column of it as (B, N_0)."""
-    table = follow_patches(model, draw_images(), ["a", "b", "c", "d"])
+    """The table of the images, and a function that gives a column of it as (B, N_0)."""
+    table = follow_patches(model, IMAGES, ["a", "b", "c", "d"])
     return table, lambda name: table[name].to_numpy(float, na_value=np.nan).reshape(NUM_IMAGES, -1)
 
 
 @torch.no_grad()
 def stages_of(model):
-    """What each reducing block gives for the four images, and its shares."""
+    """What each reducing block gives for the images, and its shares."""
     with block_outputs(model) as outputs:
-        model(draw_images())
+        model(IMAGES)
     outputs = [output for output in outputs if isinstance(output, ReducedTokens)]
     return [
         (output, group_shares(output.weights, output.assignment, output.sizes.shape[1]))
@@ -68,7 +64,7 @@ def test_weights_of_a_final_token_sum_to_one(model, reduction, merge_weights):
     assert table.final_weight[dropped].isna().all() and (table.final_weight[~dropped] >= 0).all()
     sums = table.groupby(["image", "final_token"]).final_weight.sum()
     np.testing.assert_allclose(sums, 1.0)
-    _, assignments = model.forward_with_assignments(draw_images())
+    _, assignments = model.forward_with_assignments(IMAGES)
     composed = models.trace.compose_assignments(assignments)[-1]
     np.testing.assert_array_equal(np.nan_to_num(column("final_token"), nan=-1), composed)
 
@@ -189,32 +185,6 @@ def test_one_image_and_a_model_without_stages(tmp_path, flags):
     assert table.lost_at.isna().all()
 
 
-def test_moving_average_of_the_weights(tmp_path, flags):
-    assert run_tool(tokens.main, flags) == 0
-    own = read_table(tmp_path)
-    assert run_tool(tokens.main, [*flags, "--ema"]) == 0
-    averaged = read_table(tmp_path)
-    assert (own.stage1_importance != averaged.stage1_importance).mean() > 0.9
-
-
-@pytest.mark.parametrize("old, new", [((32, 128), (64, 256)), ((48, 40), (32, 32))])
-def test_position_embedding_of_another_grid(tmp_path, flags, monkeypatch, old, new):
-    """It was resampled as if every grid were square; 6 x 5 patches ended in a traceback."""
-    checkpoint = write_checkpoint(tmp_path / "model.pth", **CHANGES | {"img_size": old})
-    used = []
-
-    def follow(model, *batch):
-        used.append(model.pos_embed.detach())
-        return follow_patches(model, *batch)
-
-    monkeypatch.setattr(tokens, "follow_patches", follow)
-    assert run_tool(tokens.main, [*flags, "--input-size", *new]) == 0
-    grids = [[side // 8 for side in size] for size in (new, old)]
-    expected = resample_abs_pos_embed(checkpoint["model"]["pos_embed"], *grids)
-    torch.testing.assert_close(used[0], expected)
-    assert not torch.equal(expected, checkpoint["model"]["pos_embed"])
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -228,8 +198,8 @@ def test_position_embedding_of_another_grid(tmp_path, flags, monkeypatch, old, n
     ],
 )
 def test_bad_input(tmp_path, flags, capsys, changes, words):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "bad").mkdir()
+    for name in ("empty", "bad"):
+        (tmp_path / name).mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"no image")
     changes = [word.replace("{root}", str(tmp_path)) for word in changes]
     message = refusal(capsys, tokens.main, [*flags, *changes])
