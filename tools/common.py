@@ -13,24 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from arguments import ArgumentParser, add_model_arguments, model_arguments
+from arguments import ArgumentParser, add_data_arguments, add_model_arguments, model_arguments
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
-from models import BATVisionTransformer
+from models import REDUCTIONS, BATVisionTransformer
 from models.reduction import ReducedTokens
 from utils import InputError, init_process, logger, seed_everything, write_atomically
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """argparse's type for an integer from `low` up."""
-
-    def read(text: str) -> int:
-        if (value := int(text)) < low:
-            raise ArgumentTypeError(f"must be at least {low}, got {value}")
-        return value
-
-    read.__name__ = "integer"  # argparse says "invalid integer value"
-    return read
+def at_least_one(text: str) -> int:
+    """An integer from 1 up, as argparse's type."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _folder(text: str) -> Path:
@@ -40,10 +36,7 @@ def _folder(text: str) -> Path:
 
 
 def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentParser:
-    """The parser of `python -m tools.NAME` with the flags of a model and of a run.
-
-    A flag that is added again replaces the one that is there.
-    """
+    """The parser of `python -m tools.NAME` with the flags of a model and of a run."""
     parser = ArgumentParser(
         prog=f"python -m tools.{name}", description=description, conflict_handler="resolve"
     )
@@ -51,11 +44,29 @@ def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentPars
     add = parser.add_argument_group("run").add_argument
     add("--checkpoint", default="", help="of main.py; without it: random weights")
     add("--output-dir", type=_folder, default=f"output/{name}", help="where to write")
-    add("--batch-size", type=at_least(1), default=batch_size, help="images at a time")
-    add("--num-workers", type=at_least(0), default=2, help="data loader worker processes")
+    add("--batch-size", type=at_least_one, default=batch_size, help="images at a time")
+    add("--num-workers", type=int, default=2, help="data loader worker processes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--seed", type=at_least(0), default=0, help="random seed")
+    add("--seed", type=int, default=0, help="random seed")
     return parser
+
+
+def comparison_parser(
+    name: str, description: str, *, batch_size: int
+) -> tuple[ArgumentParser, Callable]:
+    """A `tool_parser` for several methods on the same validation images, and what adds its flags.
+
+    --reduction takes several methods, which become args.reductions; args.reduction is None.
+    """
+    parser = tool_parser(name, description, batch_size=batch_size)
+    add_data_arguments(parser)
+    parser.set_defaults(bad_images="skip", reduction=None)
+    add = parser.add_argument_group("what to compare").add_argument
+    add(
+        "--reduction", dest="reductions", nargs="+", choices=tuple(REDUCTIONS), metavar="METHOD",
+        default=list(REDUCTIONS), help=f"methods: {', '.join(REDUCTIONS)}",
+    )  # fmt: skip
+    return parser, add
 
 
 def find_device(args: Namespace) -> torch.device:
@@ -66,16 +77,7 @@ def find_device(args: Namespace) -> torch.device:
 
 
 def load_model(args: Namespace, path: str, device: torch.device) -> BATVisionTransformer:
-    """Rebuilds a checkpoint's model, in evaluation mode; "" stands for random weights.
-
-    Args:
-        args: reads the flags of `add_model_arguments`, and seed.
-        path: of the checkpoint.
-        device: where to put the model.
-
-    Raises:
-        InputError: the checkpoint cannot be read or does not fit the flags.
-    """
+    """The model of a checkpoint ("": random weights) with what the flags change, to evaluate."""
     if args.ema and not path:
         raise InputError("--ema needs --checkpoint: random weights have no moving average")
     checkpoint = load_checkpoint(path) if path else {}
@@ -86,21 +88,9 @@ def load_model(args: Namespace, path: str, device: torch.device) -> BATVisionTra
 
 
 def readable_batches(
-    dataset: SampleDataset,
-    indices: Sequence[int],
-    args: Namespace,
-    *,
-    device: torch.device,
-    bad: list[int],
+    dataset: SampleDataset, indices: Sequence[int], args: Namespace, bad: list[int]
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Batches of those images that can be read, each with their indices in the data set.
-
-    Args:
-        dataset: with bad_images "skip", or a bad image raises.
-        indices: of the images, at least one.
-        args: reads batch_size and num_workers.
-        device: where to put the images.
-        bad: gets the indices of the others.
+    """Batches of those images that can be read, each with their indices; `bad` gets the others'.
 
     Raises:
         InputError: none of them can be read.
@@ -116,7 +106,7 @@ def readable_batches(
         logger.info(f"image {num_seen} of {len(indices)}")
         good = is_bad == 0
         if good.any():
-            yield images[good].to(device), list(compress(batch, good))
+            yield images[good], list(compress(batch, good))
     if len(bad) == num_seen:
         raise InputError(f"none of the {num_seen} images can be read")
 
@@ -149,4 +139,9 @@ def block_outputs(model: BATVisionTransformer) -> Iterator[list[Tensor | Reduced
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Writes a CSV file; floats keep all their digits."""
-    write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
+    write_atomically(path, lambda file: table.to_csv(file, index=False, mode="wb"))
+
+
+def say_written(stem: Path, *suffixes: str) -> None:
+    """Says on one line which files a tool wrote: a stem with each of the suffixes."""
+    logger.info(f"wrote {', '.join(str(stem.with_name(stem.name + each)) for each in suffixes)}")

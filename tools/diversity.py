@@ -13,18 +13,19 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from arguments import ArgumentParser, add_data_arguments
+from arguments import ArgumentParser
 from datasets import build_dataset
-from models import REDUCTIONS, BATVisionTransformer
+from models import BATVisionTransformer
 from models.reduction import ReducedTokens
 from tools import common
 from tools.figures import below_figure, method_style, new_figure, save_figure, styled
-from utils import check_writable, logger, run_script
+from utils import check_writable, run_script
 
 TINY = 1e-30  # keeps 0 / 0 at 0
 HELP = """Measures the patch tokens X (one a row) that leave each block: the relative distance to
@@ -43,11 +44,9 @@ def relative_distance(x: Tensor) -> Tensor:
     "Attention is not all you need: pure attention loses rank doubly exponentially with depth"
     (ICML 2021, arXiv 2103.03404).
 
-    Args:
-        x: (B, N, D) tokens.
-
     Returns:
-        (B,) float64 in [0, 1]: 0 for identical tokens, 1 for tokens of mean 0; 0 if all are 0.
+        (B,) float64 in [0, 1], for tokens x (B, N, D): 0 for identical tokens, 1 for tokens of mean
+        0; 0 if all are 0.
     """
     x = x.double()
     residual = x - x.mean(dim=1, keepdim=True)
@@ -59,18 +58,14 @@ def mean_cosine(x: Tensor) -> Tensor:
 
     With unit vectors u_i this is (||sum u_i||^2 - sum ||u_i||^2) / (N (N - 1)).
 
-    Args:
-        x: (B, N, D) tokens.
-
     Returns:
-        (B,) float64 in [-1 / (N - 1), 1]: 1 for identical tokens, 0 for orthogonal ones; a token
-        that is 0 has cosine 0 to all others; NaN for N = 1.
+        (B,) float64 in [-1 / (N - 1), 1], for tokens x (B, N, D): 1 for identical tokens, 0 for
+        orthogonal ones; a token that is 0 has cosine 0 to all others; NaN for N = 1.
     """
-    x = x.double()
+    unit = F.normalize(x.double(), dim=2, eps=TINY)
     num_tokens = x.shape[1]
-    unit = x / x.norm(dim=2, keepdim=True).clamp(min=TINY)
     if num_tokens == 1:
-        return x.new_full((len(x),), torch.nan)
+        return unit.new_full((len(x),), torch.nan)
     pairs = unit.sum(dim=1).square().sum(dim=1) - unit.square().sum(dim=(1, 2))
     return pairs / (num_tokens * (num_tokens - 1))
 
@@ -81,37 +76,22 @@ def effective_rank(x: Tensor) -> Tensor:
     Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007).
     The tokens are not centred.
 
-    Args:
-        x: (B, N, D) tokens.
-
     Returns:
-        (B,) float64 from 1 (all tokens parallel) to min(N, D) (e.g. orthogonal, of equal length).
+        (B,) float64, for tokens x (B, N, D): from 1 (all of them parallel) to min(N, D) (e.g.
+        orthogonal, of equal length).
     """
     singular = torch.linalg.svdvals(x.double())  # (B, min(N, D))
-    p = singular / singular.sum(dim=1, keepdim=True).clamp(min=TINY)
+    p = F.normalize(singular, p=1, dim=1, eps=TINY)
     return torch.special.entr(p).sum(dim=1).exp()  # entr(p) = -p ln p, and 0 at p = 0
 
 
 def attention_share(importance: Tensor, num_attentive: int) -> Tensor:
-    """Share of the class token's attention to patch tokens that the most attended ones carry.
-
-    Args:
-        importance: (B, N) class-token attention to the patch tokens.
-        num_attentive: how many of the most attended tokens count.
-
-    Returns:
-        (B,) float64 in [0, 1].
-    """
-    importance = importance.double()
-    top = importance.topk(num_attentive, dim=1).values.sum(dim=1)
-    return top / importance.sum(dim=1).clamp(min=TINY)
+    """Share (B,) of the attention, importance (B, N), that the most attended tokens carry."""
+    shares = F.normalize(importance.double(), p=1, dim=1, eps=TINY)
+    return shares.topk(num_attentive, dim=1).values.sum(dim=1)
 
 
-MEASURES = {
-    "relative_distance": relative_distance,
-    "mean_cosine": mean_cosine,
-    "effective_rank": effective_rank,
-}
+MEASURES = {own.__name__: own for own in (relative_distance, mean_cosine, effective_rank)}
 MEASURE_LABELS = {
     "relative_distance": "relative distance to\nequal tokens",
     "mean_cosine": "mean cosine of\ntoken pairs",
@@ -142,8 +122,8 @@ def measure_images(model: BATVisionTransformer, images: Tensor) -> pd.DataFrame:
     for block, output in enumerate(outputs):
         reduces = isinstance(output, ReducedTokens)
         patches = (output.tokens if reduces else output)[:, model.num_prefix_tokens :]
-        values = {name: measure(patches).cpu() for name, measure in MEASURES.items()}
         share = attention_share(output.importance, attentive[block]).cpu() if reduces else np.nan
+        values = {name: measure(patches).cpu() for name, measure in MEASURES.items()}
         facts = {
             "reduction": model.reduction,
             "block": block,
@@ -158,12 +138,9 @@ def measure_images(model: BATVisionTransformer, images: Tensor) -> pd.DataFrame:
 def measure_methods(
     model: BATVisionTransformer, reductions: Sequence[str], batches: Iterable[Tensor]
 ) -> pd.DataFrame:
-    """Measures every block under every method, on the same images.
+    """Measures every block of a model under every method, on the same images (B, 3, H, W).
 
-    Args:
-        model: in evaluation mode; its method is switched, its keep rates stay.
-        reductions: names in REDUCTIONS.
-        batches: (B, 3, H, W) normalised images on the model's device.
+    The model, in evaluation mode, is switched to each method; its keep rates stay.
 
     Returns:
         One row a method and block: reduction, block (from 0), num_tokens that leave it,
@@ -172,6 +149,7 @@ def measure_methods(
     """
     tables = []
     for images in batches:
+        images = images.to(model.head.weight.device)
         for reduction in reductions:
             model.set_reduction(reduction)
             tables.append(measure_images(model, images))
@@ -190,14 +168,10 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
 
     Lines carry the method as their gid, panels the measure as their label. The deviations between
     images, which all methods share, would hide the lines; they are in the table.
-
-    Args:
-        table: as `measure_methods` returns it.
     """
     figure = new_figure(4.0)
     panels = figure.subplots(2, 2, sharex=True)
     methods = table.reduction.unique()
-    reducing = table.block[table.attention_share.notna()].unique()
     for axes, (measure, title) in zip(panels.flat, MEASURE_LABELS.items(), strict=True):
         axes.set_label(measure)
         axes.set_title(title)
@@ -208,7 +182,7 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
             own = table[(table.reduction == method) & table[measure].notna()]
             style = method_style(method) | {"markersize": 3, "zorder": 2 + (method == "bat")}
             axes.plot(own.block, own[measure] * (100 if is_share else 1), gid=method, **style)
-        for block in reducing:
+        for block in table.block[table.attention_share.notna()].unique():
             axes.axvline(block, color="#999999", linestyle=(0, (1, 2)), linewidth=0.8, zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[1]:
@@ -222,44 +196,32 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def get_parser() -> ArgumentParser:
-    """The parser of this script."""
-    parser = common.tool_parser("diversity", HELP, batch_size=16)
-    add_data_arguments(parser)
-    parser.set_defaults(bad_images="skip")
-    group = parser.add_argument_group("what to measure")
-    group.add_argument(
-        "--reduction", nargs="+", choices=tuple(REDUCTIONS), default=list(REDUCTIONS),
-        metavar="METHOD", help=f"methods: {', '.join(REDUCTIONS)}",
-    )  # fmt: skip
-    group.add_argument(
-        "--num-images", type=common.at_least(1), default=64, metavar="N",
-        help="images to measure, spread evenly over the validation images",
-    )  # fmt: skip
+def get_args_parser() -> ArgumentParser:
+    parser, add = common.comparison_parser("diversity", HELP, batch_size=16)
+    add("--num-images", type=common.at_least_one, default=64, metavar="N",
+        help="images to measure, spread evenly over the validation images")  # fmt: skip
     return parser
 
 
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
-    device = common.find_device(args)
-    own = Namespace(**vars(args) | {"reduction": None})
-    model = common.load_model(own, args.checkpoint, device)
+    model = common.load_model(args, args.checkpoint, common.find_device(args))
     dataset, _ = build_dataset(False, args, model.patch_embed.img_size)
     stem = check_writable(args.output_dir) / "diversity"
     count = min(args.num_images, len(dataset))
     indices = [number * len(dataset) // count for number in range(count)]
     bad: list[int] = []
-    batches = common.readable_batches(dataset, indices, args, device=device, bad=bad)
-    table = measure_methods(model, args.reduction, (images for images, _ in batches))
+    batches = common.readable_batches(dataset, indices, args, bad)
+    table = measure_methods(model, args.reductions, (images for images, _ in batches))
     common.write_table(table, stem.with_name("diversity.csv"))
     save_figure(plot_diversity(table), stem)
-    logger.info(f"wrote diversity.csv, .png and .pdf to {args.output_dir}")
+    common.say_written(stem, ".csv", ".png", ".pdf")
     return common.report_bad_images(dataset, bad, count)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    return run_script(get_parser(), run, argv)
+    return run_script(get_args_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ Colours are Okabe and Ito's; every method has a marker of its own besides. Figur
 pyplot: no display, and no global state.
 """
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -51,18 +50,8 @@ METHODS = {
     "none": ("dense", "#000000", "*"),
 }
 OTHER = ("#666666", "P")
-DENSE_POINT = {"linestyle": "", "markersize": 7}  # the dense model's place in `plot_accuracy`
 
-
-def styled(draw: Callable) -> Callable:
-    """Runs a function that draws under the shared style."""
-
-    @wraps(draw)
-    def drawn(*args, **kwargs):
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
+styled = matplotlib.rc_context(STYLE)  # a decorator: the function draws under the style
 
 
 def method_style(reduction: str) -> dict:
@@ -77,7 +66,6 @@ def new_figure(height: float) -> Figure:
 
 
 def below_figure(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
-    """Puts a legend with a title below all panels."""
     figure.legend(
         handles=handles, loc="outside lower center", ncols=4, title=title, columnspacing=1.2
     )
@@ -91,7 +79,7 @@ def save_figure(figure: Figure, stem: Path) -> None:
 
 
 @styled
-def plot_accuracy(rows: Sequence[dict]) -> Figure:
+def plot_accuracy(rows: Sequence[dict] | pd.DataFrame) -> Figure:
     """Accuracy against GMACs: a line a method and checkpoint, keep rates beside the points.
 
     Every line starts at the checkpoint's dense model, if that is there. Lines carry
@@ -103,36 +91,34 @@ def plot_accuracy(rows: Sequence[dict]) -> Figure:
     """
     table = pd.DataFrame(rows)
     table = table.assign(checkpoint=table.get("checkpoint", ""))
-    methods, checkpoints = table.reduction.unique(), table.checkpoint.unique()
-    line_styles = dict(zip(checkpoints, cycle(("-", "--", ":", "-.")), strict=False))
+    styles = {name: method_style(name) for name in table.reduction.unique()}
+    styles.get("none", {}).update(linestyle="", markersize=7)  # the dense model is one point
+    line_styles = dict(zip(table.checkpoint.unique(), cycle(("-", "--", ":", "-.")), strict=False))
     table = table.sort_values("gmacs")
-    figure = new_figure(3.1)
-    axes = figure.add_subplot()
+    axes = new_figure(3.1).add_subplot()
     for (checkpoint, method), own in table.groupby(["checkpoint", "reduction"]):
-        style = method_style(method) | {"linestyle": line_styles[checkpoint]}
-        style |= DENSE_POINT if method == "none" else {}
-        style["zorder"] = {"none": 4, "bat": 3}.get(method, 2)
+        zorder = {"none": 4, "bat": 3}.get(method, 2)
+        style = {"linestyle": line_styles[checkpoint], "zorder": zorder} | styles[method]
         dense = (table.checkpoint == checkpoint) & (table.reduction == "none")
         line = table[table.index.isin(own.index) | dense]
         axes.plot(line.gmacs, line.acc1, gid=f"{checkpoint}:{method}", **style)
         if "acc1_std" in own:
-            bars = {"ecolor": style["color"], "elinewidth": 0.8, "capsize": 2, "fmt": "none"}
-            axes.errorbar(own.gmacs, own.acc1, own.acc1_std, zorder=style["zorder"], **bars)
+            axes.errorbar(
+                own.gmacs, own.acc1, own.acc1_std, zorder=zorder, ecolor=style["color"],
+                elinewidth=0.8, capsize=2, fmt="none",
+            )  # fmt: skip
     axes.set_xlabel("multiply-accumulates per image (GMACs)")
     axes.set_ylabel("Acc@1 (%)")
     axes.margins(x=0.08, y=0.1)
-    handles = [
-        Line2D([], [], **method_style(name) | (DENSE_POINT if name == "none" else {}))
-        for name in methods
-    ]
-    if len(checkpoints) > 1:
+    handles = [Line2D([], [], **style) for style in styles.values()]
+    if len(line_styles) > 1:
         handles += [
             Line2D([], [], color="#444444", linestyle=line_style, label=checkpoint)
             for checkpoint, line_style in line_styles.items()
         ]
-    below_figure(figure, handles, "numbers at the points: keep rate")
+    below_figure(axes.figure, handles, "numbers at the points: keep rate")
     _label_keep_rates(axes, table[table.reduction != "none"])
-    return figure
+    return axes.figure
 
 
 def _label_keep_rates(axes: Axes, table: pd.DataFrame) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -24,11 +25,11 @@ from arguments import ArgumentParser
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import BATVisionTransformer
-from models.reduction import ReducedTokens, group_sums
+from models.reduction import ReducedTokens, group_matrix
 from models.trace import PatchKind, trace_patches
 from tools import common
 from tools.figures import new_figure, save_figure, styled
-from utils import check_writable, logger, run_script
+from utils import check_writable, run_script
 
 HELP = """Says for every patch of every image what became of it. tokens.csv has a row a patch, with
 lost_at, the first stage (from 1) after which no token stands for the patch alone, and for each
@@ -37,19 +38,17 @@ number of that token, the importance that the patch's token had before, and that
 the one it went into; final_weight is the product of the weights: with what share the patch is in
 final_token; these shares sum to 1 over the patches of a final token. For evit's fused token, a sum,
 weights are importances divided by their sum. tokens.png and .pdf show the means over the images."""
-
-
 KIND_NAMES = np.array([kind.name.lower() for kind in PatchKind])
 
 
 class ImageFiles:
-    """Image files as the source of a `SampleDataset`: a data set without classes."""
+    """Image files as the source of a `SampleDataset`."""
 
     classes = ("image",)
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.targets = [0] * len(files)
         self.samples = [(str(path), 0) for path in files]
+        self.targets = [0] * len(files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return load_image(self.samples[index][0]), 0
@@ -67,26 +66,20 @@ def group_shares(weights: Tensor, assignment: Tensor, num_groups: int) -> Tensor
         (B, N) float64; the shares of a group sum to 1, and a dropped token has 0.
     """
     weights = weights.double()
-    group = assignment.clamp(min=0)
-    total = group_sums(weights, assignment, num_groups).gather(1, group)  # (B, K) -> (B, N)
-    count = group_sums(torch.ones_like(weights), assignment, num_groups).gather(1, group)
-    share = torch.where(total > 0, weights / total, 1 / count)
-    return torch.where(assignment >= 0, share, 0.0)
+    matrix = group_matrix(weights, assignment, num_groups)  # (B, K, N)
+    equal = group_matrix(torch.ones_like(weights), assignment, num_groups)
+    matrix = torch.where(matrix.sum(dim=2, keepdim=True) > 0, matrix, equal)
+    return F.normalize(matrix, p=1, dim=2, eps=1e-300).sum(dim=1)
 
 
 @torch.no_grad()
 def follow_patches(
     model: BATVisionTransformer, images: Tensor, names: Sequence[str]
 ) -> pd.DataFrame:
-    """Follows the patches of a batch through the model.
+    """Follows the patches of images (B, 3, H, W) through a model in evaluation mode.
 
     The weights are those with which the method merges. EViT's fused token is a sum with weights
     that do not add up to 1; its shares are the importances divided by their sum.
-
-    Args:
-        model: in evaluation mode.
-        images: (B, 3, H, W) normalised images.
-        names: of the images.
 
     Returns:
         A row a patch, with the columns of tokens.csv; what a dropped patch does not have is
@@ -133,40 +126,28 @@ def _integers(values: Tensor, known: Tensor) -> pd.Series:
     return pd.Series(values.flatten().numpy()).astype("Int64").where(known.flatten().numpy())
 
 
-def sum_patches(table: pd.DataFrame, num_stages: int) -> pd.DataFrame:
-    """Per patch of the grid, sum and count over images of each importance and of lost_at.
-
-    A patch that keeps its own token counts as lost at stage S + 1.
-    """
-    names = [f"stage{stage}_importance" for stage in range(1, num_stages + 1)]
-    table = table.assign(lost_at=table.lost_at.fillna(num_stages + 1))
-    return table.groupby(["row", "column"])[[*names, "lost_at"]].agg(["sum", "count"])
-
-
 @styled
-def plot_patches(
-    importance: np.ndarray, lost_at: np.ndarray, blocks: Sequence[int], num_images: int
-) -> Figure:
+def plot_patches(table: pd.DataFrame, blocks: Sequence[int]) -> Figure:
     """Heat maps over the patch grid: importance at each stage, and when patches lost their token.
 
-    Args:
-        importance: (S, rows, columns) mean class-token attention; NaN: no token there any more.
-        lost_at: (rows, columns) mean stage at which the patch lost its own token; S + 1: never.
-        blocks: index of the block of each stage.
-        num_images: images that were averaged over.
+    Both are means over the images; where a patch has no token any more, it has no importance, and
+    one that keeps its own token counts as lost at stage S + 1. `blocks` has each stage's block.
     """
-    num_stages = len(blocks)
-    num_rows = (num_stages + 2) // 2
-    aspect = lost_at.shape[0] / lost_at.shape[1]
+    never = len(blocks) + 1
+    patches = table.assign(lost_at=table.lost_at.fillna(never)).groupby(["row", "column"])
+    means = patches.mean(numeric_only=True).astype(float).unstack()  # (rows, columns) each
+    num_rows = (never + 1) // 2
+    aspect = means.lost_at.shape[0] / means.lost_at.shape[1]
     figure = new_figure(0.3 + num_rows * (0.42 + 0.9 * min(aspect, 2.5)))
-    panels = figure.subplots(num_rows, 2, squeeze=False).flat
-    for axes, stage in zip(panels, range(num_stages), strict=False):
-        title = f"stage {stage + 1} (block {blocks[stage]})"
-        heat_map(axes, 100 * importance[stage], title, "importance (%)")
-    axes = panels[num_stages]
-    heat_map(axes, lost_at, "own token lost", f"stage ({num_stages + 1}: never)", "cividis")
-    for axes in panels[num_stages + 1 :]:
+    panels = list(figure.subplots(num_rows, 2, squeeze=False).flat)
+    for axes in panels[never:]:
         axes.remove()
+    for stage, block in enumerate(blocks, 1):
+        importance = 100 * means[f"stage{stage}_importance"]
+        heat_map(panels[stage - 1], importance, f"stage {stage} (block {block})", "importance (%)")
+    never_label = f"stage ({never}: never)"
+    heat_map(panels[never - 1], means.lost_at, "own token lost", never_label, "cividis")
+    num_images = len(table) // means.lost_at.size
     images = "1 image" if num_images == 1 else f"mean of {num_images} images"
     figure.supxlabel(f"patch column ({images})", fontsize=8)
     figure.supylabel("patch row", fontsize=8)
@@ -174,7 +155,7 @@ def plot_patches(
 
 
 def heat_map(
-    axes: Axes, values: np.ndarray, title: str, unit: str, colours: str = "viridis"
+    axes: Axes, values: pd.DataFrame, title: str, unit: str, colours: str = "viridis"
 ) -> None:
     """One panel with its colour bar."""
     axes.set_facecolor("#dddddd")  # shows where there is no value
@@ -189,20 +170,18 @@ def heat_map(
     bar.outline.set_linewidth(0.6)
 
 
-def get_parser() -> ArgumentParser:
-    """The parser of this script."""
+def get_args_parser() -> ArgumentParser:
     parser = common.tool_parser("tokens", HELP, batch_size=16)
     add = parser.add_argument_group("what to follow").add_argument
-    add(
-        "--data-path", required=True,
-        help="an image, a folder of images (searched recursively), or a text file with one path a "
-        "line",
-    )  # fmt: skip
+    # fmt: off
+    add("--data-path", required=True,
+        help="an image, a folder of images (searched recursively), or a text file of paths")
     add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
     add("--bad-images", choices=("error", "skip"), default="skip",
-        help="an unreadable image ends the run, or is left out and named")  # fmt: skip
-    add("--num-images", type=common.at_least(1), metavar="N",
-        help="follow the first N images; default: all")  # fmt: skip
+        help="an unreadable image ends the run, or is left out and named")
+    add("--num-images", type=common.at_least_one, metavar="N",
+        help="follow the first N images; default: all")
+    # fmt: on
     return parser
 
 
@@ -214,36 +193,25 @@ def run(args: Namespace) -> int:
     device = common.find_device(args)
     model = common.load_model(args, args.checkpoint, device)
     img_size = model.patch_embed.img_size
+    transform = build_transform(False, args, img_size)
     dataset = SampleDataset(
-        ImageFiles(files),
-        build_transform(False, args, img_size),
-        image_size=img_size,
-        bad_images=args.bad_images,
+        ImageFiles(files), transform, image_size=img_size, bad_images=args.bad_images
     )
     stem = check_writable(args.output_dir) / "tokens"
-    sums, bad = 0, []
-    batches = common.readable_batches(dataset, range(len(files)), args, device=device, bad=bad)
-    partial = stem.with_name("tokens.csv.partial")
-    try:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            for images, good in batches:
-                table = follow_patches(model, images, [names[index] for index in good])
-                table.to_csv(file, index=False, header=file.tell() == 0)
-                sums = sums + sum_patches(table, len(model.reduction_loc))
-        partial.replace(stem.with_name("tokens.csv"))
-    finally:
-        partial.unlink(missing_ok=True)
-    means = sums.xs("sum", axis=1, level=1) / sums.xs("count", axis=1, level=1)
-    maps = means.to_numpy(float).T.reshape(-1, *model.patch_embed.grid_size)
-    figure = plot_patches(maps[:-1], maps[-1], model.reduction_loc, len(files) - len(bad))
-    save_figure(figure, stem)
-    logger.info(f"wrote tokens.csv, .png and .pdf to {args.output_dir}")
+    bad: list[int] = []
+    table = pd.concat(
+        follow_patches(model, images.to(device), [names[index] for index in good])
+        for images, good in common.readable_batches(dataset, range(len(files)), args, bad)
+    )
+    common.write_table(table, stem.with_name("tokens.csv"))
+    save_figure(plot_patches(table, model.reduction_loc), stem)
+    common.say_written(stem, ".csv", ".png", ".pdf")
     return common.report_bad_images(dataset, bad, len(files))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    return run_script(get_parser(), run, argv)
+    return run_script(get_args_parser(), run, argv)
 
 
 if __name__ == "__main__":
