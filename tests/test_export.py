@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.reduction import bat_assignment
 from tools import export
+from tools.common import load_model
 
 HAS_ONNX = not export.missing_extras()
 needs_onnx = pytest.mark.skipif(
@@ -108,7 +109,7 @@ def test_weights_alone_take_the_flags(tmp_path: Path) -> None:
     torch.save(build_tiny(**SMALL).state_dict(), path)
     words = [*SMALL_FLAGS, "--checkpoint", path, "--output", "m.pt2"]
     images = draw_batch(2, 3, *IMG_SIZE)
-    model = export.load_model(export.get_parser().parse_args(words))
+    model = load_model(export.get_args_parser().parse_args(words), path, torch.device("cpu"))
     assert torch.equal(model(images), build_tiny(**SMALL)(images))
 
 
