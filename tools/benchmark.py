@@ -163,8 +163,8 @@ def _latencies(candidates: Sequence[Candidate], image: Tensor, setting: Setting)
 
 TRAIN_PROTOCOL = [
     "a step: forward, cross-entropy, backward and AdamW on one batch of noise, in training mode",
-    "step_ms: median of the rounds; every round runs one step of each candidate, in turn, with "
-    "the device synchronised around each step",
+    "step_ms: median of the rounds; every round runs one step of each candidate, in turn, with the "
+    "device synchronised around each step",
     "memory_mib: weights, optimizer state, and the largest sum of tensors alive in one step",
     "time_ratio: median over the rounds of own time / dense time; dense is timm's, with fused "
     "attention; memory_ratio: likewise",
@@ -177,12 +177,12 @@ def measure_training(
     """Time and memory of a training step: a line per batch (B, 3, height, width)."""
     for images in batches:
         optimizers = [torch.optim.AdamW(c.model.train().parameters()) for c in candidates]
-        pairs = list(zip(candidates, optimizers, strict=True))
-        runs = [training_step(c.model, optimizer, images, setting) for c, optimizer in pairs]
+        models = [(c.model, optimizer) for c, optimizer in zip(candidates, optimizers, strict=True)]
+        runs = [training_step(*pair, images, setting) for pair in models]
         times = timing.time_rounds(runs, setting)
         memory = [
-            peak_mebibytes(run, setting, resident=resident_bytes(c.model, optimizer))
-            for run, (c, optimizer) in zip(runs, pairs, strict=True)
+            peak_mebibytes(run, setting, resident=resident_bytes(*pair))
+            for run, pair in zip(runs, models, strict=True)
         ]
         for candidate, own, mebibytes in zip(candidates, times, memory, strict=True):
             yield candidate.name_line(images) | {
@@ -290,16 +290,16 @@ def measure_stages(
     for images in batches:
         for candidate in candidates[1:]:
             model = candidate.model
-            blocks = [model.blocks[index] for index in model.reduction_loc]
+            first = model.blocks[model.reduction_loc[0]]
             inputs = record_stages(model, images, setting)
-            stages = [partial(run_stage, block) for block in blocks]
             runs = [inference(model, setting, images)]
-            runs += [inference(s, setting, i) for s, i in zip(stages, inputs, strict=True)]
+            for index, given in zip(model.reduction_loc, inputs, strict=True):
+                runs.append(inference(partial(run_stage, model.blocks[index]), setting, given))
             forward, *alone = timing.time_rounds(runs, setting, calls=calls)
             together = np.sum(alone, axis=0)
             eager = setting._replace(compile_mode=None)
-            stage = inference(stages[0], eager, inputs[0])
-            attention = inference(blocks[0].attn, eager, inputs[0].normed)
+            stage = inference(partial(run_stage, first), eager, inputs[0])
+            attention = inference(first.attn, eager, inputs[0].normed)
             shares = {f"share_{i}": median_ratio(own, forward) for i, own in enumerate(alone, 1)}
             yield candidate.name_line(images) | {
                 "forward_ms": 1e3 * np.median(forward),

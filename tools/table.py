@@ -84,7 +84,7 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Difference of two accuracies on the same images, and its standard error, in points.
 
-    Every run has (images,) bool, its right answers.
+    Both groups hold (images,) bool arrays, the right answers of each run.
     With d_i the share of the first runs that get image i right, less that share of the second runs,
     the difference is the mean of d, and its standard error is sqrt(sum (d_i - mean)^2 / (n (n-1)))
     for n images (paired differences in Miller, Adding Error Bars to Evals, arXiv:2411.00640). It
@@ -100,9 +100,9 @@ def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> d
     about, last = runs[0].about, runs[0].last
     accuracies, others = ([run.last["test_acc1"] for run in group] for group in (runs, baseline))
     difference, error = float(np.mean(accuracies) - np.mean(others)), np.nan
-    answers, others = ([run.correct for run in group] for group in (runs, baseline))
-    if all(correct is not None for correct in answers + others):
-        difference, error = paired_difference(answers, others)
+    answers, theirs = ([run.correct for run in group] for group in (runs, baseline))
+    if all(correct is not None for correct in answers + theirs):
+        difference, error = paired_difference(answers, theirs)
     rates = [f"{rate:g}" for rate in last["keep_rate"]] or ["1"]
     reduction = about["model_args"]["reduction"]
     shown = DEFAULTS if reduction == "bat" else ("reduction",)  # the others are BAT's alone
