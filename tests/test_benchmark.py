@@ -15,7 +15,8 @@ from tools import benchmark, timing
 from tools.timing import Setting
 
 MODEL_FLAGS = ["--model-kwargs", "patch_size=8", "embed_dim=24", "depth=3", "num_heads=2"]
-MODEL_FLAGS += ["--reduction-loc", "1", "2", "--input-size", "32", "--keep-rate", "0.7", "0.3"]
+MODEL_FLAGS += ["--reduction-loc", "1", "2", "--input-size", "32", "--base-keep-rate", "0.7", "0.3"]
+MODEL_FLAGS += ["--nb-classes", "7"]
 RUN_FLAGS = ["--device", "cpu", "--repetitions", "10", "--warmup", "1"]
 SETTING = Setting(torch.device("cpu"))
 
@@ -153,6 +154,7 @@ def test_dense_model_is_timms_with_fused_attention() -> None:
     assert dense.patch_embed.grid_size == (4, 6)
     assert not dense.training
     assert all(isinstance(model, BATVisionTransformer) for model in reducing)
+    assert {model.num_classes for model in (dense, *reducing)} == {7}
 
 
 @pytest.mark.parametrize(

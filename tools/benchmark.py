@@ -405,9 +405,8 @@ def run(args: Namespace, command: str) -> int:
     setting = make_setting(args)
     folder = check_writable(args.output_dir) if args.output_dir else None
     about = timing.environment()  # before the measurement: the load is that of other programs
-    about |= {"command": command, "device": str(setting.device)}
-    flags = ("dtype", "compile", "cuda_graphs", "repetitions", "warmup")
-    about |= {name: getattr(args, name) for name in flags}
+    about |= {"command": command, "device": str(setting.device), "compile": setting.compile_mode}
+    about |= {name: getattr(args, name) for name in ("dtype", "repetitions", "warmup")}
     table, protocol = timing.make_table(measure(args, setting)), MEASURES[args.what][1]
     print(timing.report_text(table, protocol, about))
     if folder is not None:
