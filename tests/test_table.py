@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from tool_helpers import refusal
 
 from tools import table
 
@@ -53,9 +54,7 @@ def test_a_row_has_the_paired_error_of_its_difference(tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_alone_make_one_row(tmp_path):
-    seeds = [
-        write_run(tmp_path / f"bat{i}", right, seed=i) for i, right in enumerate(["1110", "1000"])
-    ]
+    seeds = [write_run(tmp_path / "bat0", "1110"), write_run(tmp_path / "bat1", "1000", seed=1)]
     other = write_run(tmp_path / "other", "1111", lr=1e-4, seed=2)
     rows = table.make_table([*seeds, other], seeds[1]).to_dict("records")
     assert [row["seeds"] for row in rows] == ["0 1", "2"]
@@ -68,11 +67,9 @@ def test_runs_that_differ_in_their_seed_alone_make_one_row(tmp_path):
 
 
 def test_without_the_answers_there_is_a_difference_but_no_error(tmp_path):
-    folders = [
-        write_run(tmp_path / "a", "1110"),
-        write_run(tmp_path / "b", "1000", lr=1, saved=False),
-    ]
-    row = table.make_table(folders, folders[1]).iloc[0]
+    first = write_run(tmp_path / "first", "1110")
+    second = write_run(tmp_path / "second", "1000", lr=1, saved=False)
+    row = table.make_table([first], second).iloc[0]
     assert row.difference == 50 and math.isnan(row.error)
 
 
@@ -107,10 +104,8 @@ def test_command_line_writes_table_and_figure(tmp_path, capsys):
 def test_a_broken_folder_is_one_line(tmp_path, capsys, break_it, message):
     good, bad = write_run(tmp_path / "good", "1100"), write_run(tmp_path / "bad", "1010")
     break_it(bad)
-    with pytest.raises(SystemExit, match="2"):
-        table.main([str(bad), "--baseline", str(good)])
-    error = capsys.readouterr().err
-    assert message in error and str(bad) in error and error.count("\n") == 1
+    error = refusal(capsys, table.main, [bad, "--baseline", good])
+    assert message in error and str(bad) in error
 
 
 def test_different_validation_sets_are_refused(tmp_path):

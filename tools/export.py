@@ -7,8 +7,9 @@ batch dimension is dynamic, the image size and the keep rate are fixed. Exit cod
 file disagrees with the model (it is removed), 2 bad input.
 """
 
-import argparse
+import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from arguments import ArgumentParser, add_model_arguments, add_switch, model_arguments
-from checkpoints import load_checkpoint, model_from_checkpoint
+from arguments import ArgumentParser, add_model_arguments, add_switch
 from models import BATVisionTransformer, count_gmacs
-from utils import InputError, setup_logging
+from tools.common import load_model
+from utils import InputError, run_script
 
-MAX_DIFFERENCE = 1e-4  # of a logit, in float32
+LIMIT = 1e-4  # of the difference of a logit, in float32
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")
 TRACED_BATCH = 2  # any batch above 1 leaves the dimension dynamic
 CHECKED_BATCHES = (1, 3)
@@ -65,13 +66,7 @@ def _sort_translation() -> dict:
 
 @torch.no_grad()
 def export_file(module: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes the format that the suffix names, weights included; the batch is dynamic.
-
-    Args:
-        module: an `ExportedModel` in evaluation mode.
-        images: (B, 3, height, width) with B > 1, to trace with.
-        path: of the file.
-    """
+    """Traces a module with images (B, 3, height, width), B > 1; the suffix names the format."""
     dynamic_shapes = ({0: Dim("batch")},)
     if path.suffix == ".pt2":
         program = torch.export.export(module, (images,), dynamic_shapes=dynamic_shapes)
@@ -91,7 +86,7 @@ def export_file(module: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def load_file(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Loads an exported file as a function from images to its outputs."""
+    """An exported file as a function from images to its outputs."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()
     import onnxruntime
@@ -126,9 +121,9 @@ def compare(
     return largest, moved
 
 
-def get_parser() -> ArgumentParser:
-    """The parser of `python -m tools.export`."""
-    parser = ArgumentParser(prog="tools.export", description=__doc__.splitlines()[0])
+def get_args_parser() -> ArgumentParser:
+    """The parser of this script."""
+    parser = ArgumentParser(prog="python -m tools.export", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     group = parser.add_argument_group("export")
     group.add_argument("--checkpoint", default="", help="weights; without one they are random")
@@ -138,33 +133,18 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
-def load_model(args: argparse.Namespace) -> BATVisionTransformer:
-    """The model to export, in evaluation mode; InputError when there is no way to it."""
-    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    if not checkpoint:
-        print("no --checkpoint: the weights are random")
-    torch.manual_seed(args.seed)
-    return model_from_checkpoint(
-        checkpoint,
-        ema=args.ema,
-        source=args.checkpoint,
-        **model_arguments(args, checkpoint.get("model_args")),
-    )
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Exports, compares and says how it went; returns the exit code."""
     path = Path(args.output)
     if path.suffix not in SUFFIXES:
         raise InputError(f"--output must end in {' or '.join(SUFFIXES)}, got '{args.output}'")
     if not path.parent.is_dir():
         raise InputError(f"--output: no such folder: {path.parent}")
-    if args.ema and not args.checkpoint:
-        raise InputError("--ema needs --checkpoint")
     if path.suffix == ".onnx" and (missing := missing_extras()):
         raise InputError(f"ONNX needs optional packages: pip install {' '.join(missing)}")
-    setup_logging()
-    model = load_model(args)
+    if not args.checkpoint:
+        print("no --checkpoint: the weights are random")
+    model = load_model(args, args.checkpoint, torch.device("cpu"))
     img_size = model.patch_embed.img_size
     print(
         f"{model.reduction}, keep rates {list(model.keep_rates)}, {count_gmacs(model):.4f} GMACs "
@@ -176,12 +156,11 @@ def run(args: argparse.Namespace) -> int:
             warnings.filterwarnings("ignore", message)
         export_file(module, torch.zeros(TRACED_BATCH, 3, *img_size), path)
         largest, moved = compare(path, module, img_size, args.seed)
-    print(
-        f"largest logit difference on batches of {' and '.join(map(str, CHECKED_BATCHES))}: "
-        f"{largest:.2e} (limit {MAX_DIFFERENCE:g})"
-        + (f"; tokens in another group: {moved}" if args.assignments else "")
-    )
-    if not largest <= MAX_DIFFERENCE:
+    batches = " and ".join(map(str, CHECKED_BATCHES))
+    print(f"largest logit difference on batches of {batches}: {largest:.2e} (limit {LIMIT:g})")
+    if args.assignments:
+        print(f"tokens in another group: {moved}")
+    if not largest <= LIMIT:
         path.unlink()
         print(f"not done: {path} disagrees with the model and was removed")
         return 1
@@ -189,15 +168,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+    return run_script(get_args_parser(), run, argv)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -8,7 +8,6 @@ Markdown; --output-dir also writes table.md, table.csv, accuracy.png and accurac
 
 import inspect
 import json
-import math
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -18,11 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.stats import sem
 
 from arguments import ArgumentParser
 from models import BATVisionTransformer
 from tools.figures import plot_accuracy, save_figure
-from utils import InputError, check_writable, read_log
+from utils import InputError, check_writable, read_log, run_script
 
 # Arguments of main.py that do not change what a run is meant to reach.
 INCIDENTAL = (
@@ -38,18 +38,12 @@ FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f", "difference": "+.2f
 
 
 class FinishedRun(NamedTuple):
-    """What a run's folder says of its last evaluated epoch.
-
-    Attributes:
-        about: contents of args.json; the model's defaults are in its model_args.
-        last: that epoch's entry of log.txt.
-        correct: (images,) bool, which images it gets right; None where the run did not say.
-    """
+    """What a run's folder says of its last evaluated epoch."""
 
     folder: Path
-    about: dict
-    last: dict
-    correct: np.ndarray | None
+    about: dict  # contents of args.json; the model's defaults are in its model_args
+    last: dict  # that epoch's entry of log.txt
+    correct: np.ndarray | None  # (images,) bool, which it gets right, where the run has noted it
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -90,29 +84,25 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Difference of two accuracies on the same images, and its standard error, in points.
 
+    Both groups hold (images,) bool arrays, the right answers of each run.
     With d_i the share of the first runs that get image i right, less that share of the second runs,
     the difference is the mean of d, and its standard error is sqrt(sum (d_i - mean)^2 / (n (n-1)))
     for n images (paired differences in Miller, Adding Error Bars to Evals, arXiv:2411.00640). It
     says how sure the difference is for these weights on other images, not what another random seed
     would give; acc1_std says that.
-
-    Args:
-        first: (images,) bool each, right answers of the runs of one row.
-        second: those of the row that is subtracted.
     """
     differences = np.mean(first, axis=0) - np.mean(second, axis=0)
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return 100 * float(differences.mean()), 100 * float(error)
+    return 100 * float(differences.mean()), 100 * float(sem(differences))
 
 
 def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> dict:
     """One row of plain values; None and NaN: not known, or without a meaning."""
     about, last = runs[0].about, runs[0].last
     accuracies, others = ([run.last["test_acc1"] for run in group] for group in (runs, baseline))
-    difference, error = float(np.mean(accuracies) - np.mean(others)), math.nan
-    if all(run.correct is not None for run in (*runs, *baseline)):
-        answers = ([run.correct for run in group] for group in (runs, baseline))
-        difference, error = paired_difference(*answers)
+    difference, error = float(np.mean(accuracies) - np.mean(others)), np.nan
+    answers, theirs = ([run.correct for run in group] for group in (runs, baseline))
+    if all(correct is not None for correct in answers + theirs):
+        difference, error = paired_difference(answers, theirs)
     rates = [f"{rate:g}" for rate in last["keep_rate"]] or ["1"]
     reduction = about["model_args"]["reduction"]
     shown = DEFAULTS if reduction == "bat" else ("reduction",)  # the others are BAT's alone
@@ -122,7 +112,7 @@ def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> d
         "keep_rate": " ".join(rates if len(set(rates)) > 1 else rates[:1]),
         "gmacs": about["gmacs"],
         "acc1": float(np.mean(accuracies)),
-        "acc1_std": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else math.nan,
+        "acc1_std": pd.Series(accuracies).std(),  # missing for one run
         "difference": difference,
         "error": error,
         "epochs": last["epoch"] + 1,
@@ -160,13 +150,13 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def get_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="tools.table", description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
-    parser.add_argument(
-        "--baseline", type=Path, required=True, metavar="RUN", help="what to subtract from each"
-    )
-    parser.add_argument("--output-dir", default="", help="where to write; empty: nowhere")
+def get_args_parser() -> ArgumentParser:
+    """The parser of this script."""
+    parser = ArgumentParser(prog="python -m tools.table", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    add("--baseline", type=Path, required=True, metavar="RUN", help="what to subtract from each")
+    add("--output-dir", default="", help="where to write table and figure; empty: nowhere")
     return parser
 
 
@@ -186,14 +176,9 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+    return run_script(get_args_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ DECIMALS = {
     "gmacs": 5, "images/s": 2, "p50_ms": 2, "p95_ms": 2, "step_ms": 2, "forward_ms": 3,
     "stages_ms": 3, "memory_mib": 1, "stage_mib": 2, "attention_mib": 2, "keep": 6,
 }  # fmt: skip
-RATIO_DECIMALS = 4  # of every other column of floats
+OTHER_DECIMALS = 4  # of the ratios
 
 
 class Setting(NamedTuple):
@@ -40,9 +39,7 @@ class Setting(NamedTuple):
 
     def autocast(self):
         """The context in which the models run."""
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def synchronize(self) -> None:
         """Waits until the device has done all that it was given."""
@@ -90,14 +87,11 @@ def time_rounds(
 ) -> np.ndarray:
     """Times every run once a round, in a round-robin that starts one further each round.
 
-    Args:
-        runs: what to time; the device is synchronised before each start and stop of the clock.
-        setting: says the device, the warm-up and, unless given, the repetitions.
-        repetitions: timed rounds.
-        calls: calls of a run between start and stop; their mean counts.
+    The device is synchronised before each start and stop of the clock; a run is called `calls`
+    times in between, and the mean counts.
 
     Returns:
-        (runs, repetitions) seconds.
+        (runs, repetitions) seconds of the timed rounds, the setting's unless given.
     """
     repetitions = repetitions or setting.repetitions
     times = np.zeros((len(runs), setting.warmup + repetitions))
@@ -127,7 +121,7 @@ def peak_mebibytes(run: Run, setting: Setting, *, resident: int = 0) -> float:
     Args:
         run: a call that has been warmed up.
         setting: says the device.
-        resident: `resident_bytes`, allocated already, to be added.
+        resident: bytes allocated before, to be added; see `resident_bytes`.
     """
     setting.synchronize()
     if setting.device.type == "cuda":
@@ -139,9 +133,8 @@ def peak_mebibytes(run: Run, setting: Setting, *, resident: int = 0) -> float:
     else:
         # The profiler's own messages, about missing GPUs for one, would land in the table.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as recorded:
+        activities = [ProfilerActivity.CPU]
+        with profile(activities=activities, profile_memory=True, acc_events=True) as recorded:
             run()
         events = recorded.profiler.kineto_results.events()
         changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
@@ -160,23 +153,15 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 # Reporting --------------------------------------------------------------------------------------
 
 
-def make_table(rows: list[dict]) -> pd.DataFrame:
+def make_table(rows: Iterable[dict]) -> pd.DataFrame:
     """A line per row, rounded once so that text, CSV and JSON say the same."""
-    table = pd.DataFrame(rows).dropna(axis=1, how="all")
-    floats = table.select_dtypes("float")
-    return table.round({name: DECIMALS.get(name, RATIO_DECIMALS) for name in floats})
+    table = pd.DataFrame(list(rows)).dropna(axis=1, how="all")
+    return table.round(dict.fromkeys(table, OTHER_DECIMALS) | DECIMALS)
 
 
-def table_text(table: pd.DataFrame) -> str:
-    """The table with aligned columns; "-" where nothing was measured."""
-
-    def shown(column: pd.Series) -> pd.Series:
-        digits = f".{DECIMALS.get(column.name, RATIO_DECIMALS)}f"
-        pattern = "{:g}" if column.name == "keep" else f"{{:{digits}}}"
-        return column.map(pattern.format, na_action="ignore")
-
-    floats = table.select_dtypes("float").apply(shown)
-    return table.assign(**floats).to_string(index=False, na_rep="-")
+def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns that have one value a line."""
+    return table.drop(columns=[name for name in table if name.endswith("seconds")])
 
 
 def environment() -> dict:
@@ -194,17 +179,16 @@ def environment() -> dict:
 
 
 def report_text(table: pd.DataFrame, protocol: list[str], about: dict) -> str:
-    """The table, how it was measured (a sentence a line), and on what."""
+    """The table ("-": not measured), how it was measured (a sentence a line), and on what."""
     shown = [f"{name}: {value}" for name, value in about.items() if value is not None]
-    return "\n".join([table_text(table), "", *protocol, "", *shown])
+    lines = without_seconds(table).to_string(index=False, na_rep="-")
+    return "\n".join([lines, "", *protocol, "", *shown])
 
 
-def write_report(
-    stem: Path, table: pd.DataFrame, protocol: list[str], about: dict, raw: list[dict]
-) -> None:
-    """Writes a report as stem.txt, stem.csv and stem.json, the last with the raw seconds."""
-    rows = json.loads(table.to_json(orient="records"))
-    content = {"setting": about, "protocol": protocol, "rows": rows, "raw": raw}
+def write_report(stem: Path, table: pd.DataFrame, protocol: list[str], about: dict) -> None:
+    """Writes stem.txt, stem.csv and stem.json; the last has the seconds of every round too."""
+    rows = json.loads(table.to_json(orient="records", double_precision=15))
+    content = {"setting": about, "protocol": protocol, "rows": rows}
     Path(f"{stem}.txt").write_text(report_text(table, protocol, about) + "\n")
-    Path(f"{stem}.csv").write_text(table.to_csv(index=False))
+    Path(f"{stem}.csv").write_text(without_seconds(table).to_csv(index=False))
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
