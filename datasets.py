@@ -13,7 +13,7 @@ import random
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +29,13 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, VisionDataset
 from inputs.demo import is_demo, make_demo
 from inputs.images import (
     CROP_PADDING,
+    SMALL_INPUT,
     BadImageError,
     ResizeToCover,
     ToNormalizedTensor,
     allow_posterize_to_black,
     cover_and_crop,
     image_size,
-    is_small_input,
     load_image,
 )
 from inputs.inaturalist import build_inaturalist
@@ -47,7 +47,7 @@ MAX_REPLACEMENTS = 100
 
 
 def _hash(*fields: int) -> int:
-    """63-bit hash of integers, the same on every machine."""
+    """63-bit hash, the same on every machine."""
     digest = hashlib.blake2b(repr(fields).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -56,14 +56,13 @@ def _hash(*fields: int) -> int:
 def _random_states(seed: int) -> Iterator[None]:
     """Seeds the three CPU generators for the body, then puts their states back.
 
-    CUDA's generators stay untouched (`torch.manual_seed` would seed them too). In a data loader's
-    worker process nobody needs the old states.
+    A data loader's worker process needs no old states, and is faster without.
     """
     in_worker = get_worker_info() is not None
     states = in_worker or (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
     try:
         yield
     finally:
@@ -80,9 +79,14 @@ class SampleDataset(Dataset):
     around the transform: an image is the same with any number of data loader worker processes, in
     any order and after a resume. A plain index is evaluation, whose transform draws nothing.
 
-    Attributes:
-        classes: class names; the target is an index into them.
-        targets: (num_samples,) int64 array of all targets, known without reading an image.
+    Args:
+        source: its items are (RGB image, target) or raise `BadImageError`; it also has the targets
+            of all samples and the names of the classes.
+        transform: from an RGB image to a (3, H, W) float32 tensor.
+        image_size: (H, W) of that tensor.
+        seed: the run's random seed.
+        bad_images: "error" raises `BadImageError`; "skip" puts another sample in the place of a bad
+            one in training, and a zero image with the right target in evaluation.
     """
 
     def __init__(
@@ -94,22 +98,11 @@ class SampleDataset(Dataset):
         seed: int = 0,
         bad_images: str = "error",
     ) -> None:
-        """Wraps `source`.
-
-        Args:
-            source: source[index] gives (RGB image, target) or raises `BadImageError`; it also has
-                the targets of all samples and the names of the classes.
-            transform: from an RGB image to a (3, H, W) float32 tensor.
-            image_size: (H, W) of the transform's output.
-            seed: the run's random seed.
-            bad_images: "error" raises `BadImageError`; "skip" puts another sample in the place of
-                a bad one in training, and a zero image with the right target in evaluation.
-        """
         if bad_images not in ("error", "skip"):
             raise InputError(f"bad_images is {bad_images!r}, allowed: error, skip")
         self.source = source
         self.transform = transform
-        self.targets = np.asarray(source.targets, dtype=np.int64)
+        self.targets = np.asarray(source.targets, dtype=np.int64)  # (num_samples,)
         self.classes = list(source.classes)
         self.image_size = image_size
         self.seed = seed
@@ -119,33 +112,30 @@ class SampleDataset(Dataset):
         return len(self.targets)
 
     def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, int, int]:
-        """(3, H, W) float32 normalised image; target; 1 if this key's image cannot be read, else 0.
-
-        Args:
-            key: a `SampleKey` in training, an index in evaluation.
-        """
+        """(3, H, W) float32 normalised image; target; 1 if this key's image is bad, else 0."""
         training = isinstance(key, SampleKey)
-        key = key if training else SampleKey(int(key), 0, 0)
+        index = key.index if training else int(key)
         is_bad = 0
         try:
-            image, target = self.source[key.index]
+            image, target = self.source[index]
         except BadImageError as error:
             if self.bad_images == "error":
                 raise
             is_bad = 1
             if not training:
-                return torch.zeros(3, *self.image_size), int(self.targets[key.index]), is_bad
+                return torch.zeros(3, *self.image_size), int(self.targets[index]), is_bad
             image, target = self._replacement(key, error)
-        seed = _hash(self.seed, key.epoch, key.index, key.repetition)
-        with _random_states(seed) if training else nullcontext():
+        if not training:
+            return self.transform(image), int(target), is_bad
+        with _random_states(_hash(self.seed, key.epoch, key.index, key.repetition)):
             return self.transform(image), int(target), is_bad
 
     def _replacement(self, key: SampleKey, error: BadImageError) -> tuple[Image.Image, int]:
         """Another readable sample; which one depends on the random seed and the key alone."""
         for attempt in range(MAX_REPLACEMENTS):
-            fields = (self.seed, key.epoch, key.index, key.repetition, attempt)
+            drawn = _hash(self.seed, key.epoch, key.index, key.repetition, attempt) % len(self)
             with suppress(BadImageError):
-                return self.source[_hash(*fields) % len(self)]
+                return self.source[drawn]
         text = f"{error}; and {MAX_REPLACEMENTS} samples drawn in its place cannot be read either"
         raise BadImageError(text) from error
 
@@ -155,12 +145,12 @@ def check_same_classes(train_dataset: SampleDataset, val_dataset: SampleDataset)
     if train_dataset.classes == val_dataset.classes:
         return
     train, val = set(train_dataset.classes), set(val_dataset.classes)
-    differences = [
+    reasons = [
         f"only in {name}: {textwrap.shorten(', '.join(sorted(names)), 100)}"
         for name, names in (("train", train - val), ("val", val - train))
         if names
     ]
-    reason = "; ".join(differences) or "another order"
+    reason = "; ".join(reasons) or "another order"
     raise InputError(f"train and val have different classes; {reason}")
 
 
@@ -170,7 +160,7 @@ def check_same_classes(train_dataset: SampleDataset, val_dataset: SampleDataset)
 def build_transform(
     is_train: bool, args: Namespace, input_size: int | Sequence[int]
 ) -> transforms.Compose:
-    """Builds DeiT's transform for training or evaluation.
+    """Builds DeiT's transform from an RGB image to a (3, H, W) float32 tensor, normalised.
 
     Training is timm's `create_transform`. Evaluation resizes the image (bicubic, antialiased) so
     that it covers (H, W) / eval_crop_ratio, then crops (H, W) from its centre. Inputs of at most
@@ -182,26 +172,21 @@ def build_transform(
         is_train: for training or for evaluation.
         args: for training reads src, color_jitter, aa, train_interpolation, reprob, remode and
             recount; for evaluation eval_crop_ratio.
-        input_size: (H, W) of the result, or one number for both.
-
-    Returns:
-        From an RGB image to a (3, H, W) float32 tensor, normalised as for ImageNet.
+        input_size: (H, W), or one number for both.
     """
-    rows, cols = image_size(input_size)
-    is_small = is_small_input(input_size)
+    size = image_size(input_size)
+    is_small = max(size) <= SMALL_INPUT
     if is_train:
-        transform = _train_transform((rows, cols), args)
-        if is_small or args.src:
-            crop = transforms.RandomCrop((rows, cols), padding=CROP_PADDING)
-            transform.transforms[:1] = [ResizeToCover((rows, cols)), crop]
-        return transform
+        return _train_transform(size, is_small or args.src, args)
     ratio = 1.0 if is_small else args.eval_crop_ratio
     if not 0 < ratio <= 1:
         raise InputError(f"eval_crop_ratio is {ratio}, allowed: above 0, up to 1")
-    return transforms.Compose([*cover_and_crop((rows, cols), ratio), ToNormalizedTensor()])
+    return transforms.Compose([*cover_and_crop(size, ratio), ToNormalizedTensor()])
 
 
-def _train_transform(size: tuple[int, int], args: Namespace) -> transforms.Compose:
+def _train_transform(
+    size: tuple[int, int], simple_crop: bool, args: Namespace
+) -> transforms.Compose:
     """timm's training transform, with its assertions turned into `InputError`."""
     try:
         transform = create_transform(
@@ -215,15 +200,16 @@ def _train_transform(size: tuple[int, int], args: Namespace) -> transforms.Compo
             re_count=args.recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(
-            f"timm refuses the augmentation aa={args.aa!r}, remode={args.remode!r}, "
-            f"train_interpolation={args.train_interpolation!r}: {type(error).__name__} "
-            + textwrap.shorten(str(error), 300)
-        ) from error
+        names = ("aa", "remode", "train_interpolation")
+        given = ", ".join(f"{name}={getattr(args, name)!r}" for name in names)
+        reason = textwrap.shorten(f"{type(error).__name__} {error}", 300)
+        raise InputError(f"timm refuses the augmentation {given}: {reason}") from error
     allow_posterize_to_black(transform)
     steps = transform.transforms
     normalize = [type(step) for step in steps].index(transforms.Normalize)
     steps[normalize - 1 : normalize + 1] = [ToNormalizedTensor()]  # timm's two steps in one
+    if simple_crop:
+        steps[:1] = [ResizeToCover(size), transforms.RandomCrop(size, padding=CROP_PADDING)]
     return transform
 
 
@@ -266,23 +252,17 @@ DATA_SETS: dict[str, Callable[[Path, bool, Namespace], VisionDataset]] = {
 def build_dataset(
     is_train: bool, args: Namespace, input_size: int | Sequence[int]
 ) -> tuple[SampleDataset, int]:
-    """Builds the training or the validation set.
+    """Builds the training or the validation set, and gives its number of classes too.
 
     Several processes call it in turns (`utils.in_turns`), since it may download or draw the images.
-
-    Args:
-        is_train: training or validation split, and transform.
-        args: reads data_set (one of `DATA_SETS`), data_path, seed, bad_images, download,
-            inat_category and what `build_transform` reads.
-        input_size: (H, W) of the images, or one number for both.
-
-    Returns:
-        The data set and its number of classes.
+    Of `args` it reads data_set, data_path, seed, bad_images, download, inat_category and what
+    `build_transform` reads.
     """
     root = Path(args.data_path).expanduser()
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
-    transform = build_transform(is_train, args, input_size)
+    size = image_size(input_size)
+    transform = build_transform(is_train, args, size)
     may_be_made = args.data_set == "DEMO" or (args.download and args.data_set != "IMNET")
     if not root.is_dir() and not may_be_made:
         raise InputError(f"data path {root} does not exist or is not a folder")
@@ -295,10 +275,6 @@ def build_dataset(
         reason = textwrap.shorten(str(error), 300)
         raise InputError(f"cannot read {args.data_set} in {root} ({advice}): {reason}") from error
     dataset = SampleDataset(
-        source,
-        transform,
-        image_size=image_size(input_size),
-        seed=args.seed,
-        bad_images=args.bad_images,
+        source, transform, image_size=size, seed=args.seed, bad_images=args.bad_images
     )
     return dataset, len(dataset.classes)

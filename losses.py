@@ -32,9 +32,8 @@ class DistillationLoss(nn.Module):
         """
         super().__init__()
         if distillation_type not in ("none", "soft", "hard"):
-            raise ValueError(
-                f"distillation_type is {distillation_type!r}, allowed: none, soft, hard"
-            )
+            allowed = "allowed: none, soft, hard"
+            raise ValueError(f"distillation_type is {distillation_type!r}, {allowed}")
         if distillation_type != "none" and teacher_model is None:
             raise ValueError(f"distillation_type {distillation_type!r} needs a teacher_model")
         if not 0 <= alpha <= 1:
@@ -52,15 +51,12 @@ class DistillationLoss(nn.Module):
     def forward(
         self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor
     ) -> Tensor:
-        """The loss of one batch.
+        """Scalar (1 - alpha) * base loss + alpha * distillation term.
 
         Args:
             inputs: (B, 3, height, width) the images, which the teacher sees too.
             outputs: (B, classes) logits, or a pair of them: class head, distillation head.
             targets: (B,) class indices or (B, classes) probabilities, as the base criterion takes.
-
-        Returns:
-            Scalar (1 - alpha) * base loss + alpha * distillation term.
         """
         logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         base_loss = self.base_criterion(logits, targets)

@@ -7,6 +7,7 @@ Modifications of DeiT's `samplers.py: RASampler` (https://github.com/facebookres
 - a data set of fewer than 256 samples has an epoch of its own size instead of an empty one.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,17 +26,9 @@ class SampleKey(NamedTuple):
     repetition: int
 
 
-def _check_least(**limits: tuple[int, int]) -> None:
-    """Checks values given as name=(value, least)."""
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}, allowed: {least} or more")
-
-
-def _check_ranks(num_samples: int, rank: int, world_size: int) -> None:
-    _check_least(num_samples=(num_samples, 1), world_size=(world_size, 1))
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, allowed: 0 to {world_size - 1}")
+def _check(name: str, value: int, low: int, high: float = math.inf) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, allowed: {low} to {high}")
 
 
 class TrainSampler(Sampler[SampleKey]):
@@ -43,9 +36,10 @@ class TrainSampler(Sampler[SampleKey]):
 
     The order of an epoch depends on (seed, epoch) alone. Rank r takes positions r, r + world_size,
     ... of it, so the samples of a global batch are the same whatever the number of ranks. With
-    `num_repeats` R > 1 each index stands R times in a row and only the first part of that list is
-    visited, DeiT's rule: n // 256 * 256 positions (n of them if n < 256). With R = 1 each index
-    comes once. The last positions that would not give every rank one more are left out.
+    `num_repeats` R > 1 (DeiT: 3) each index stands R times in a row and only the first part of that
+    list is visited, DeiT's rule: n // 256 * 256 positions (n of them if n < 256). With R = 1 each
+    index comes once. `epoch_samples` ends an epoch after so many samples over all ranks. The last
+    positions that would not give every rank one more are left out; each rank has one at least.
     """
 
     def __init__(
@@ -58,22 +52,13 @@ class TrainSampler(Sampler[SampleKey]):
         world_size: int = 1,
         epoch_samples: int | None = None,
     ) -> None:
-        """Sets up epoch 0.
-
-        Args:
-            num_samples: size n of the data set, at least `world_size`.
-            seed: random seed of the order.
-            num_repeats: how often each index stands in the list, 1 or more; DeiT uses 3.
-            rank: of this process.
-            world_size: number of processes.
-            epoch_samples: ends an epoch after so many samples over all ranks, at least
-                `world_size`; None: no such limit.
-        """
         super().__init__()
-        _check_ranks(num_samples, rank, world_size)
-        _check_least(num_repeats=(num_repeats, 1), num_samples=(num_samples, world_size))
-        if epoch_samples is not None:
-            _check_least(epoch_samples=(epoch_samples, world_size))
+        epoch_samples = num_samples if epoch_samples is None else epoch_samples
+        _check("world_size", world_size, 1)
+        _check("rank", rank, 0, world_size - 1)
+        _check("num_repeats", num_repeats, 1)
+        _check("num_samples", num_samples, world_size)
+        _check("epoch_samples", epoch_samples, world_size)
         self.num_samples = num_samples
         self.epoch_samples = epoch_samples
         self.seed = seed
@@ -89,7 +74,7 @@ class TrainSampler(Sampler[SampleKey]):
         total = self.num_samples
         if self.num_repeats > 1 and total >= REPEATED_EPOCH_MULTIPLE:
             total = total // REPEATED_EPOCH_MULTIPLE * REPEATED_EPOCH_MULTIPLE
-        return min(total, self.epoch_samples or total) // self.world_size
+        return min(total, self.epoch_samples) // self.world_size
 
     @property
     def epoch_seed(self) -> int:
@@ -97,15 +82,8 @@ class TrainSampler(Sampler[SampleKey]):
         return (self.seed * 1_000_003 + self.epoch) % 2**63
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the epoch that the next iteration visits.
-
-        Args:
-            epoch: counted from 0.
-            start: how many of this rank's samples to skip, 0 to `epoch_length`; when a run resumes
-                in the middle of an epoch, the number of samples this rank has trained on.
-        """
-        if not 0 <= start <= self.epoch_length:
-            raise ValueError(f"start is {start}, allowed: 0 to {self.epoch_length}")
+        """Chooses the epoch that the next iteration visits, from this rank's sample `start` on."""
+        _check("start", start, 0, self.epoch_length)
         self.epoch = epoch
         self.start = start
 
@@ -129,7 +107,9 @@ class EvalSampler(Sampler[int]):
 
     def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
         super().__init__()
-        _check_ranks(num_samples, rank, world_size)
+        _check("num_samples", num_samples, 1)
+        _check("world_size", world_size, 1)
+        _check("rank", rank, 0, world_size - 1)
         self.indices = range(rank, num_samples, world_size)
 
     def __len__(self) -> int:

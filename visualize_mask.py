@@ -29,11 +29,19 @@ from torchvision.utils import make_grid
 
 from arguments import ArgumentParser, add_data_arguments, add_model_arguments, model_arguments
 from checkpoints import load_checkpoint, model_from_checkpoint
-from datasets import DATA_SETS, build_dataset, build_transform
+from datasets import build_dataset, build_transform
 from inputs.images import BadImageError, list_images, load_image
 from models import BATVisionTransformer
 from models.trace import PatchKind, trace_patches
-from utils import InputError, check_writable, init_process, seed_everything, write_atomically
+from utils import (
+    InputError,
+    check_writable,
+    init_process,
+    logger,
+    run_script,
+    seed_everything,
+    write_atomically,
+)
 
 DEFAULT_NUM_IMAGES = 16
 DEFAULT_NUM_CLASSES = 1000
@@ -59,17 +67,12 @@ class Source(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    """A model and what the titles say about it."""
-
     model: BATVisionTransformer
     description: str
-    classes: Sequence[str]  # names of the outputs; empty: not known
-    is_trained: bool
+    classes: Sequence[str]  # names of the outputs; empty: random weights, which predict nothing
 
 
 class StagePanel(NamedTuple):
-    """What one panel shows."""
-
     title: str
     group: np.ndarray  # (N_0,) int64: the token that each patch sits in; -1: dropped
     kind: np.ndarray  # (N_0,) int64: PatchKind of that token
@@ -86,20 +89,20 @@ class Picture(NamedTuple):
 
 
 def get_args_parser() -> ArgumentParser:
-    """The parser of this script."""
     parser = ArgumentParser(
         prog="visualize_mask.py",
         description=__doc__.split("\n\n")[0],
-        conflict_handler="resolve",  # two of the shared flags mean more here
+        conflict_handler="resolve",  # --data-path means more here
     )
     add_model_arguments(parser)
     add_data_arguments(parser)
+    parser.set_defaults(data_set=None)
     # fmt: off
     add = parser.add_argument_group("pictures").add_argument
     add("--data-path", required=True,
         help="folder of images (searched recursively), one image, or a text file with one path a "
-        "line, relative to the current folder; with --data-set the folder of the data set")
-    add("--data-set", choices=DATA_SETS, help="draw the validation images of this set")
+        "line, relative to the current folder; with --data-set the folder of that data set, whose "
+        "validation images are drawn")
     add("--checkpoint", default="", help="checkpoint of main.py; without it: random weights")
     add("--output-dir", default="output/pictures", help="where to write")
     add("--num-images", type=int, metavar="N",
@@ -114,7 +117,7 @@ def get_args_parser() -> ArgumentParser:
 def draw_stage(
     image: np.ndarray, group: np.ndarray, kind: np.ndarray, grid_size: tuple[int, int], scale: int
 ) -> np.ndarray:
-    """Draws one panel, every image pixel as a square of scale x scale pixels.
+    """Draws one panel, (H * scale, W * scale, 3) uint8.
 
     A token of one patch shows its pixels, a merged token the rounded mean of all pixels of all of
     its patches. A pixel of a merged token is border when a pixel of another token, of a dropped
@@ -126,20 +129,10 @@ def draw_stage(
         group: (rows * columns,) the token that each patch sits in, or -1: dropped.
         kind: (rows * columns,) `PatchKind` code of that token.
         grid_size: rows and columns of the patch grid.
-        scale: enlargement, at least 1.
-
-    Returns:
-        (H * scale, W * scale, 3) uint8.
+        scale: side of the square that each pixel becomes, at least 1.
     """
     rows, columns = grid_size
-    height, width = image.shape[:2]
-    if height % rows or width % columns:
-        raise InputError(f"grid_size {grid_size} must divide the image size {(height, width)}")
-    if group.shape != (rows * columns,) or kind.shape != group.shape:
-        raise InputError(
-            f"group {group.shape} and kind {kind.shape} must be ({rows * columns},): one a patch"
-        )
-    cell = (height // rows, width // columns)
+    cell = (image.shape[0] // rows, image.shape[1] // columns)
     labels = _enlarge(group.reshape(grid_size), *cell)  # (H, W)
     kinds = _enlarge(kind.reshape(grid_size), *cell)  # (H, W)
     tokens = np.unique(group)
@@ -242,17 +235,13 @@ def _wrap(text: str, width: int, max_lines: int | None = None) -> list[str]:
 
 
 def _add_legend(figure: Figure, columns: int, place: tuple[float, float]) -> None:
-    """Says what the colours mean; `place` is the lower left corner, as shares of the figure."""
+    """`place` is the legend's lower left corner, as shares of the figure."""
     cluster, pair = (np.divide(BORDER_COLOURS[k], 255) for k in (PatchKind.CLUSTER, PatchKind.PAIR))
-    entries = {  # face, edge, width of the edge in points, pattern
-        "own pixels: token of one patch": ("0.75", "0.35", 0, "xxxxx"),
-        "mean colour: cluster": ("0.75", cluster, 2, ""),
-        "mean colour: matched pair": ("0.75", pair, 2, ""),
-        "blank: dropped": ("white", "0.4", 0.5, ""),
-    }
     handles = [
-        Patch(fc=face, ec=edge, lw=width, hatch=pattern, label=label)
-        for label, (face, edge, width, pattern) in entries.items()
+        Patch(fc="0.75", ec="0.35", lw=0, hatch="xxxxx", label="own pixels: token of one patch"),
+        Patch(fc="0.75", ec=cluster, lw=2, label="mean colour: cluster"),
+        Patch(fc="0.75", ec=pair, lw=2, label="mean colour: matched pair"),
+        Patch(fc="white", ec="0.4", lw=0.5, label="blank: dropped"),
     ]
     spacing = {"borderaxespad": 0, "borderpad": 0, "handlelength": 1.6, "handleheight": 1.2}
     where = {"loc": "lower left", "bbox_to_anchor": place, "frameon": False}
@@ -290,10 +279,9 @@ def make_picture(loaded: LoadedModel, source: Source, image: Tensor) -> Picture:
         title = f"{place}: {stage.num_tokens} -> {stage.num_outputs} tokens"
         panels.append(StagePanel(title, trace.group[0].cpu().numpy(), trace.kind[0].cpu().numpy()))
     prediction = ""
-    if loaded.is_trained and logits.shape[1]:  # random weights predict nothing
+    if loaded.classes:
         probability, index = logits[0].softmax(0).max(0)
-        name = loaded.classes[index] if loaded.classes else f"class {index}"
-        prediction = f"predicted ({probability:.0%}): {name}"
+        prediction = f"predicted ({probability:.0%}): {loaded.classes[index]}"
     grid_size, patch_size = model.patch_embed.grid_size, model.patch_embed.patch_size
     height, width = np.multiply(grid_size, patch_size)
     return Picture(source, prediction, denormalize(image)[:height, :width], grid_size, panels)
@@ -314,44 +302,41 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
         raise InputError("--ema needs --checkpoint")
     device = init_process(args.device)
     path = Path(args.data_path).expanduser()
-    files = [] if args.data_set else list_images(path)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))
-    dataset, dataset_classes = None, []
+    classes = checkpoint.get("classes") or []
     if args.data_set:
-        dataset, _ = build_dataset(False, args, model_args["img_size"])
-        dataset_classes = dataset.classes
+        dataset, num_classes = build_dataset(False, args, model_args["img_size"])
+        classes = classes or dataset.classes
+        true_classes = [dataset.classes[target] for target in dataset.targets]
+        names = [f"{name}_{index:05d}" for index, name in enumerate(true_classes)]
+        readers = [lambda i=i: dataset.source[i][0] for i in range(len(names))]
+    else:
+        files, num_classes = list_images(path), DEFAULT_NUM_CLASSES
+        folders = [file.parent.name for file in files]
+        true_classes = [folder if folder in classes else "" for folder in folders]
+        names = [file.name for file in files]
+        readers = [partial(load_image, str(file)) for file in files]
     if not checkpoint:
-        model_args.setdefault("num_classes", len(dataset_classes) or DEFAULT_NUM_CLASSES)
+        model_args.setdefault("num_classes", num_classes)
 
     seed_everything(args.seed)
-    model = model_from_checkpoint(
-        checkpoint, ema=args.ema, source=args.checkpoint or "random weights", **model_args
-    )
+    model = model_from_checkpoint(checkpoint, ema=args.ema, source=args.checkpoint, **model_args)
     rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
     origin = "/".join(Path(args.checkpoint).parts[-2:]) if checkpoint else "random weights"
     origin += " (exponential moving average)" if args.ema else ""
     description = f"{model_args['model_name']}, {model.reduction}, keep rate {rates}, {origin}"
-    classes = checkpoint.get("classes") or dataset_classes
-    classes = classes if len(classes) == model.num_classes else []
-    loaded = LoadedModel(model.to(device), description, classes, bool(checkpoint))
+    if len(classes) != model.num_classes:
+        classes = [f"class {index}" for index in range(model.num_classes)]
+    loaded = LoadedModel(model.to(device), description, classes if checkpoint else [])
 
-    if dataset is None:
-        names = [file.parent.name if file.parent.name in classes else "" for file in files]
-        readers = [partial(load_image, str(file)) for file in files]
-        titles = [file.name for file in files]
-    else:
-        names = [dataset.classes[target] for target in dataset.targets]
-        readers = [lambda i=i: dataset.source[i][0] for i in range(len(names))]
-        titles = [f"{name}_{i:05d}" for i, name in enumerate(names)]
-    sources = [Source(*fields) for fields in zip(titles, names, readers, strict=True)]
-    total = len(sources)
+    sources = [Source(*fields) for fields in zip(names, true_classes, readers, strict=True)]
     if args.shuffle:
         random.Random(args.seed).shuffle(sources)
-    is_list = dataset is None and path.is_file()
-    sources = sources[: args.num_images or (total if is_list else DEFAULT_NUM_IMAGES)]
-    print(f"drawing {len(sources)} of {total} images: {description}")
-    return loaded, sources
+    is_list = path.is_file() and not args.data_set
+    count = args.num_images or (None if is_list else DEFAULT_NUM_IMAGES)
+    logger.info(f"drawing {len(sources[:count])} of {len(sources)} images: {description}")
+    return loaded, sources[:count]
 
 
 def run(args: Namespace) -> int:
@@ -362,7 +347,7 @@ def run(args: Namespace) -> int:
 
     def save(figure: Figure, name: str) -> None:
         write_atomically(output_dir / name, partial(figure.savefig, format="png"))
-        print(output_dir / name, flush=True)
+        logger.info(output_dir / name)
 
     pictures = []
     for number, source in enumerate(sources, 1):
@@ -381,17 +366,11 @@ def run(args: Namespace) -> int:
     num_bad = len(sources) - len(pictures)
     if num_bad:
         print(f"{num_bad} of {len(sources)} images could not be read", file=sys.stderr)
-    return 1 if num_bad else 0
+    return int(num_bad > 0)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script with these flags, or the command line's, and returns its exit code."""
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except InputError as problem:
-        parser.error(str(problem))
+def main(argv: list[str] | None = None) -> int:
+    return run_script(get_args_parser(), run, argv)
 
 
 if __name__ == "__main__":

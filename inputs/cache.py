@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler
 from torchvision import transforms
 
-from inputs.images import CROP_PADDING, cover_and_crop, is_small_input
+from inputs.images import CROP_PADDING, SMALL_INPUT, cover_and_crop
 from samplers import EvalSampler, TrainSampler
 from utils import InputError, in_turns, logger
 
-Batch = tuple[Tensor, Tensor, Tensor]
 AUGMENTATION_STREAM = 0x5DEECE66D  # sets the draws of an epoch apart from its shuffle
 
 
@@ -35,7 +34,7 @@ def _digest(*facts: object) -> str:
 
 
 def digest_dataset(dataset) -> str:
-    """Short hash of a data set's classes, targets and file names (as far as it has files)."""
+    """Short hash of a data set's classes, targets and file names (where it has files)."""
     samples = getattr(dataset.source, "samples", ())
     files = [os.path.relpath(path, dataset.source.root) for path, _ in samples]
     return _digest(dataset.classes, dataset.targets.tolist(), files)
@@ -51,10 +50,11 @@ def check_cacheable(args: Namespace, dataset) -> None:
         "--aa none": args.aa not in (None, "", "none"),
         "--color-jitter 0": args.color_jitter,
         "--reprob 0": args.reprob,
-        "--src": not (args.src or is_small_input(dataset.image_size)),
+        "--src": not args.src and max(dataset.image_size) > SMALL_INPUT,
     }
-    if any(needed.values()):
-        flags = " ".join(flag for flag, is_needed in needed.items() if is_needed)
+    missing = [flag for flag, is_needed in needed.items() if is_needed]
+    if missing:
+        flags = " ".join(missing)
         raise InputError(f"--image-cache augments by random crop and flip alone: add {flags}")
 
 
@@ -66,29 +66,23 @@ def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device
     The file's name says which files, of which sizes and times, it was made from. One process of
     each machine makes it, the others wait.
 
-    Args:
-        args: reads image_cache and eval_crop_ratio.
-        dataset: whose images to decode.
-        is_train: the training or the validation set.
-        device: over which the processes agree.
-
     Returns:
         (images, 3, H, W) uint8, memory-mapped; what is written to it stays in this process.
     """
     rows, cols = dataset.image_size
-    crop_ratio = 1.0 if is_train or is_small_input(dataset.image_size) else args.eval_crop_ratio
+    crop_ratio = 1.0 if is_train or max(rows, cols) <= SMALL_INPUT else args.eval_crop_ratio
     stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
     size, time = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
     digest = _digest(digest_dataset(dataset), rows, cols, crop_ratio, size, time)[:12]
     path = Path(args.image_cache) / f"{'train' if is_train else 'val'}-{rows}x{cols}-{digest}.npy"
-    with in_turns(device):
-        if not path.exists():
-            logger.info(f"decoding {len(dataset)} images into {path}")
-            try:
+    try:
+        with in_turns(device):
+            if not path.exists():
+                logger.info(f"decoding {len(dataset)} images into {path}")
                 _decode(dataset, crop_ratio, path)
-            except OSError as problem:
-                reason = problem.strerror or problem
-                raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
     return np.load(path, mmap_mode="c")
 
 
@@ -114,25 +108,17 @@ class CachedLoader:
 
     With a `TrainSampler` every image is padded by 4 black pixels, cropped at random and flipped
     with probability 1/2, as `build_transform` does for small inputs; the draws depend on (seed,
-    epoch, index, repetition) alone. With an `EvalSampler` images are only normalised: the same
-    numbers as from `build_transform`, bit for bit.
+    epoch, index, repetition) alone, and an incomplete last batch is left out. With an `EvalSampler`
+    images are only normalised: the same numbers as from `build_transform`, bit for bit.
     """
 
     def __init__(
         self, images: Tensor, targets: Tensor, sampler: TrainSampler | EvalSampler, batch_size: int
     ) -> None:
-        """Prepares the batches.
-
-        Args:
-            images: (N, 3, H, W) uint8, on the device to augment on.
-            targets: (N,) int64 on the CPU.
-            sampler: a `TrainSampler` also leaves out an incomplete last batch.
-            batch_size: images of a batch.
-        """
+        """Takes (N, 3, H, W) uint8 images on the device to augment on, (N,) int64 CPU targets."""
         self.images = images
         self.targets = targets
         self.sampler = sampler
-        self.batch_size = batch_size
         self._trains = isinstance(sampler, TrainSampler)
         self._batches = BatchSampler(sampler, batch_size, drop_last=self._trains)
         stats = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=images.device)
@@ -141,7 +127,7 @@ class CachedLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         draws = self._draws() if self._trains else None
         for keys in self._batches:
             index = torch.tensor([key.index for key in keys] if self._trains else keys)
@@ -166,7 +152,7 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
     """Pads images with black, crops them to their old size and mirrors some of them.
 
     Args:
-        images: (B, C, H, W) of any type; the result has the same.
+        images: (B, C, H, W), like the result.
         draws: (3, B) int64: first row and first column of the crop within the padded image, each in
             0 .. 8, and 1 for a mirrored image.
     """
@@ -182,10 +168,7 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
 def build_cached_loader(
     args: Namespace, dataset, sampler: TrainSampler | EvalSampler, device: torch.device
 ) -> CachedLoader:
-    """Decodes a data set, or opens what is decoded already, and moves it to the device.
-
-    Raises `InputError` when the augmentation is another one, or the cache cannot be made.
-    """
+    """Decodes a data set, or opens what is decoded already, and moves it to the device."""
     check_cacheable(args, dataset)
     pixels = cached_images(args, dataset, isinstance(sampler, TrainSampler), device)
     # On the CPU the file itself is the memory, shared by all processes that read it.

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,7 @@ SETTINGS_FILE = "demo.json"
 SUPERSAMPLING = 4
 # Least distance, in 8-bit RGB, that nine tenths of a background keep from the object's colour.
 MIN_CONTRAST = 110.0
-# Half the width of a class's range of hues, as a share of the distance between two classes: from
-# 0.5 up neighbours overlap and the shape has to decide between them.
+# Half the width of a class's range of hues, in distances between two classes; 0.5: ranges touch.
 HUE_SPREAD = 0.5
 
 
@@ -57,11 +57,11 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     kind = rng.integers(5)
     if kind == 0:
         return _noise_field(rng, size, int(rng.integers(3, 12)))
+    stripes = np.sin(frequency * (u + bend))
     if kind == 1:
-        return _unit(np.clip(2 * np.sin(frequency * (u + bend)), -1, 1))
+        return _unit(np.clip(2 * stripes, -1, 1))
     if kind == 2:
-        field = np.sin(frequency * (u + bend)) * np.sin(frequency * (v + bend))
-        return _unit(np.clip(4 * field, -1, 1))
+        return _unit(np.clip(4 * (stripes * np.sin(frequency * (v + bend))), -1, 1))
     if kind == 3:
         centre = rng.uniform(-0.6, 0.6, 2)
         return _unit(np.sin(frequency * (np.hypot(x - centre[0], y - centre[1]) + bend)))
@@ -70,9 +70,9 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """(size, size, 3) float background in 0..255: textures blended between muted colours."""
-    # Neighbouring hues, often with a second family, look like one scene rather than confetti.
     hue = rng.random()
     values = rng.uniform(0.15, 0.95, 4)
+    # Neighbouring hues, often with a second family, look like one scene rather than confetti.
     hues = (hue + rng.choice([0.0, 0.08, -0.08, 0.45], 4)) % 1
     saturations = rng.uniform(0.1, 0.6, 4)
     colours = [_hsv_to_rgb(*hsv) for hsv in zip(hues, saturations, values, strict=True)]
@@ -89,9 +89,8 @@ def _polygon(rng: np.random.Generator, name: str) -> np.ndarray:
     """(n, 2) corners of a shape around 0 that reaches a distance of 1, at a random angle."""
     if name == "cross":
         corners = np.array([(0.32, 0.95), (0.32, 0.32), (0.95, 0.32)])
-        quarter_turn = np.array([[0, -1], [1, 0]])
-        turns = [np.linalg.matrix_power(quarter_turn, power) for power in range(4)]
-        points = np.concatenate([corners @ turn for turn in turns])
+        turned = corners[:, ::-1] * [1, -1]  # by a quarter
+        points = np.concatenate([corners, turned, -corners, -turned])
     else:
         corners = {"star": 10, "square": 4, "triangle": 3}[name]
         angles = np.arange(corners) * 2 * np.pi / corners
@@ -99,8 +98,7 @@ def _polygon(rng: np.random.Generator, name: str) -> np.ndarray:
         if name == "star":
             points[1::2] *= 0.42
     angle = rng.uniform(0, 2 * np.pi)
-    rotation = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    return points @ np.array(rotation)
+    return points @ [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
 
 
 def _object_mask(rng: np.random.Generator, name: str, size: int) -> Image.Image:
@@ -111,37 +109,31 @@ def _object_mask(rng: np.random.Generator, name: str, size: int) -> Image.Image:
     mask = Image.new("L", (large, large))
     draw = ImageDraw.Draw(mask)
     if name in ("disc", "ring"):
-        # Equal areas would make these two look larger than the shapes with corners.
-        radius *= 0.9
+        radius *= 0.9  # of equal area these two would look larger than the shapes with corners
         draw.ellipse((*(centre - radius), *(centre + radius)), fill=255)
         if name == "ring":
             hole = radius * rng.uniform(0.5, 0.62)
             draw.ellipse((*(centre - hole), *(centre + hole)), fill=0)
     else:
-        corners = _polygon(rng, name) * radius + centre
-        draw.polygon([tuple(corner) for corner in corners], fill=255)
+        draw.polygon([*map(tuple, _polygon(rng, name) * radius + centre)], fill=255)
     return mask.reduce(SUPERSAMPLING)
 
 
 def _scene_colours(rng: np.random.Generator, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a background and an object's vivid colour until the object stands out from it.
+    """(size, size, 3) background and an object's vivid (3,) colour, both in 0..255.
 
-    Returns:
-        (size, size, 3) background and (3,) colour, both in 0..255; the pair of most contrast if
-        no pair in six reaches `MIN_CONTRAST`.
+    Drawn until the contrast reaches `MIN_CONTRAST`; of six such pairs the one of most contrast.
     """
-    best, best_distance = None, -1.0
+    drawn = []
     for _ in range(6):
         background = _background(rng, size)
         hue = (DEMO_CLASSES.index(name) + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) / len(DEMO_CLASSES)
         colour = _hsv_to_rgb(hue % 1, rng.uniform(0.75, 1), rng.uniform(0.75, 1))
         distances = np.linalg.norm(background.reshape(-1, 3)[::7] - colour, axis=1)
-        distance = float(np.quantile(distances, 0.1))
-        if distance > best_distance:
-            best, best_distance = (background, colour), distance
-        if distance >= MIN_CONTRAST:
+        drawn.append((np.quantile(distances, 0.1), background, colour))
+        if drawn[-1][0] >= MIN_CONTRAST:
             break
-    return best
+    return max(drawn, key=itemgetter(0))[1:]
 
 
 def _draw_blobs(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -163,9 +155,8 @@ def draw_demo_image(name: str, size: int, rng: np.random.Generator) -> Image.Ima
     image = _draw_blobs(rng, background)
     mask = _object_mask(rng, name, size)
     # A soft shadow, down and to the right, lifts the object off the background.
-    offset = max(1, size // 32)
     shadow = Image.new("L", mask.size)
-    shadow.paste(mask, (offset, offset))
+    shadow.paste(mask, (max(1, size // 32),) * 2)
     shadow = shadow.filter(ImageFilter.GaussianBlur(size / 40))
     image = image * (1 - 0.55 * np.asarray(shadow)[..., None] / 255)
     # Light from a random side shades the object from bright to dark.
@@ -206,10 +197,8 @@ def make_demo(
 
     Args:
         root: folder to make, or the complete set of an earlier call with the same settings.
-        num_train: training pictures a class, 1 or more.
-        num_val: validation pictures a class, 1 or more.
-        size: side of a picture in pixels, 16 or more.
-        seed: the set's random seed, 0 or more.
+        num_train: pictures a class, from 1 up, as is `num_val`.
+        size: side of a picture in pixels, from 16 up.
     """
     settings = {"num_train": num_train, "num_val": num_val, "size": size, "seed": seed}
     for name, least in (("num_train", 1), ("num_val", 1), ("size", 16), ("seed", 0)):

@@ -17,19 +17,11 @@ def build_inaturalist(year: str, root: Path, is_train: bool, args: Namespace) ->
     """torchvision's iNaturalist, cut to the competition's train or val split.
 
     torchvision reads the images of both splits as one set, so the split comes from the
-    competition's own lists of images, train2018.json and val2018.json (or 2019).
-
-    Args:
-        year: "2018" or "2019".
-        root: folder with the lists and torchvision's folder of images.
-        is_train: training or validation split.
-        args: reads inat_category and download.
+    competition's own lists of images, train2018.json and val2018.json (or 2019), in `root`.
     """
     if args.inat_category not in INAT_CATEGORIES:
-        raise InputError(
-            f"inat_category is {args.inat_category!r}, allowed for iNaturalist {year}: "
-            + ", ".join(INAT_CATEGORIES)
-        )
+        allowed = ", ".join(INAT_CATEGORIES)
+        raise InputError(f"inat_category is {args.inat_category!r}, allowed: {allowed}")
     level = INAT_CATEGORIES[args.inat_category]
     source = INaturalist(
         root, version=year, target_type=level, download=args.download, loader=load_image

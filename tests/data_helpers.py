@@ -1,42 +1,27 @@
 """What the tests of the data side share: arguments, small data sets, a group of processes."""
 
 import datetime
-import multiprocessing
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 from PIL import Image
+from torch.multiprocessing import start_processes
 
+from arguments import get_args_parser
 from datasets import SampleDataset, build_dataset
 from utils import InputError
 
 
 def dataset_args(data_path: Path | str, **changes: object) -> Namespace:
-    """Arguments of `build_dataset` with every random augmentation switched on."""
-    args = {
-        "data_set": "IMNET",
-        "data_path": str(data_path),
-        "input_size": 48,
-        "color_jitter": 0.3,
-        "aa": "rand-m9-mstd0.5-inc1",
-        "train_interpolation": "random",
-        "reprob": 0.9,
-        "remode": "pixel",
-        "recount": 2,
-        "eval_crop_ratio": 0.875,
-        "src": False,
-        "inat_category": "name",
-        "download": False,
-        "seed": 3,
-        "bad_images": "error",
-    }
-    return Namespace(**args | changes)
+    """main.py's arguments, with every random augmentation switched on."""
+    strong = {"train_interpolation": "random", "reprob": 0.9, "recount": 2}
+    given = {"data_path": str(data_path), "input_size": 48, "seed": 3}
+    return Namespace(**vars(get_args_parser().parse_args([])) | strong | given | changes)
 
 
 def random_image(rng: np.random.Generator, height: int = 60, width: int = 70) -> Image.Image:
@@ -75,34 +60,20 @@ def note(path: Path, line: str) -> None:
         file.write(f"{line}\n")
 
 
-def run_group(tmp_path: Path, world_size: int, body: Callable[[int], None]) -> None:
-    """Runs body(rank) in processes that are joined by gloo, two on each machine.
+def run_forked(num_processes: int, body: Callable[[int], object]) -> None:
+    """Runs body(rank) in processes that have this one's patches; none may fail."""
+    start_processes(body, nprocs=num_processes, start_method="fork")
 
-    The processes are forked: they have this one's patches, and `body` may be a local function.
-    """
+
+def run_group(tmp_path: Path, world_size: int, body: Callable[[int], None]) -> None:
+    """Runs body(rank) in forked processes that are joined by gloo, two on each machine."""
 
     def join(rank: int) -> None:
         os.environ["LOCAL_RANK"] = str(rank % 2)
         store = dist.FileStore(str(tmp_path / "store"), world_size)
-        timeout = datetime.timedelta(seconds=60)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        group = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60), **group)
         body(rank)
         dist.destroy_process_group()
 
-    run_forked([partial(join, rank) for rank in range(world_size)])
-
-
-def run_forked(bodies: list[Callable[[], object]]) -> None:
-    """Runs each body in a process of its own, all at once; none may fail."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=body) for body in bodies]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * len(bodies)
+    run_forked(world_size, join)

@@ -6,14 +6,12 @@ import random
 import shutil
 import time
 import traceback
-from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision.datasets
 from data_helpers import (
     build,
     dataset_args,
@@ -28,13 +26,14 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from torchvision.datasets import CIFAR10
 
 import arguments
 from datasets import DATA_SETS, SampleDataset, build_dataset, build_transform, check_same_classes
 from inputs.images import BadImageError, ResizeToCover, allow_posterize_to_black
 from main import build_datasets
 from samplers import EvalSampler, SampleKey, TrainSampler
-from utils import InputError, in_turns
+from utils import InputError, in_turns, seed_everything
 
 # ImageNet's, written out as an independent check.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,51 +53,39 @@ def _load(dataset: SampleDataset, keys: list, num_workers: int) -> Tensor:
 # Randomness -------------------------------------------------------------------------------------
 
 
-def test_images_do_not_depend_on_workers(folder: Path) -> None:
+def test_images_depend_on_the_key_alone(folder):
     dataset = build(True, folder)
     keys = list(TrainSampler(len(dataset), seed=1, num_repeats=3))
     alone = _load(dataset, keys, 0)
     torch.manual_seed(99)
     assert torch.equal(alone, _load(dataset, keys, 2))
+    assert torch.equal(alone[4:], _load(dataset, keys[4:], 1)), "as in a run that resumes there"
     assert len({tuple(image.flatten()[:200].tolist()) for image in alone}) == len(keys)
 
 
 @pytest.mark.parametrize("change", ["index", "epoch", "repetition", "seed"])
-def test_each_part_of_the_key_changes_the_augmentation(folder: Path, change: str) -> None:
-    dataset, key = build(True, folder), SampleKey(0, 0, 0)
-    if change == "seed":
-        other = build(True, folder, seed=4)[key]
-    else:
-        other = dataset[key._replace(**{change: 1})]
-    assert not torch.equal(dataset[key][0], other[0])
-    assert torch.equal(dataset[key][0], dataset[key][0])
+def test_each_part_of_the_key_changes_the_augmentation(folder, change):
+    key = {"index": 0, "epoch": 0, "repetition": 0, "seed": 3}
+
+    def image(index: int, epoch: int, repetition: int, seed: int) -> Tensor:
+        return build(True, folder, seed=seed)[SampleKey(index, epoch, repetition)][0]
+
+    assert torch.equal(image(**key), image(**key))
+    assert not torch.equal(image(**key), image(**key | {change: 1}))
 
 
-def test_resuming_within_an_epoch_gives_the_same_images(folder: Path) -> None:
-    dataset = build(True, folder)
-    sampler = TrainSampler(len(dataset), seed=2)
-    sampler.set_epoch(7)
-    whole = torch.cat([batch[0] for batch in DataLoader(dataset, 2, sampler=sampler)])
-    sampler.set_epoch(7, start=4)
-    loader = DataLoader(dataset, 2, sampler=sampler, num_workers=1)
-    assert torch.equal(torch.cat([batch[0] for batch in loader]), whole[4:])
-
-
-def test_the_process_keeps_its_own_random_streams(folder: Path) -> None:
-    dataset = build(True, folder)
-
-    def draws(read: bool) -> tuple[float, float, float]:
-        random.seed(1)
-        np.random.seed(1)
-        torch.manual_seed(1)
-        if read:
-            dataset[SampleKey(1, 2, 0)]
+def test_the_process_keeps_its_own_random_streams(folder):
+    def draws() -> tuple[float, float, float]:
         return random.random(), np.random.rand(), torch.rand(()).item()
 
-    assert draws(read=True) == draws(read=False)
+    seed_everything(1)
+    expected = draws()
+    seed_everything(1)
+    build(True, folder)[SampleKey(1, 2, 0)]
+    assert draws() == expected
 
 
-def test_evaluation_is_not_random(folder: Path) -> None:
+def test_evaluation_is_not_random(folder):
     dataset, num_classes = build_dataset(False, dataset_args(folder), 48)
     first, second = _load(dataset, list(EvalSampler(6)), 0), _load(dataset, list(range(6)), 2)
     assert torch.equal(first, second) and first.shape == (6, 3, 48, 48)
@@ -109,22 +96,16 @@ def test_evaluation_is_not_random(folder: Path) -> None:
 # Transforms -------------------------------------------------------------------------------------
 
 
-def test_evaluation_matches_torchvision() -> None:
+def test_evaluation_matches_torchvision():
     image = random_image(np.random.default_rng(1), 300, 417)
-    reference = transforms.Compose(
-        [
-            transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    expected = transforms.Resize(256, transforms.InterpolationMode.BICUBIC)(image)
+    expected = transforms.ToTensor()(transforms.CenterCrop(224)(expected))
     transform = build_transform(False, dataset_args(""), 224)
-    assert torch.equal(transform(image), reference(image))
+    assert torch.equal(transform(image), transforms.Normalize(MEAN, STD)(expected))
 
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "none"])
-def test_training_matches_timm(aa: str) -> None:
+def test_training_matches_timm(aa):
     ours = build_transform(True, dataset_args("", aa=aa), 64)
     theirs = create_transform(
         64, is_training=True, color_jitter=0.3, auto_augment=aa if aa != "none" else None,
@@ -135,9 +116,7 @@ def test_training_matches_timm(aa: str) -> None:
     for seed in range(20):
         image, results = random_image(rng, 90, 70), []
         for transform in (ours, theirs):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+            seed_everything(seed)
             results.append(transform(image))
         assert torch.equal(*results)
 
@@ -145,24 +124,14 @@ def test_training_matches_timm(aa: str) -> None:
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("input_size", [16, 32, 33, 64, [48, 48], (32, 64), (96, 40)])
 @pytest.mark.parametrize("source_size", [(1, 1), (20, 9), (32, 32), (64, 200)])
-def test_every_input_size_from_every_image_size(
-    is_train: bool, input_size: int | tuple[int, int], source_size: tuple[int, int]
-) -> None:
+def test_every_input_size_from_every_image_size(is_train, input_size, source_size):
     image = random_image(np.random.default_rng(2), *source_size)
     transform = build_transform(is_train, dataset_args(""), input_size)
     sizes = [input_size] if isinstance(input_size, int) else list(input_size)
     assert transform(image).shape == (3, sizes[0], sizes[-1])
 
 
-def test_small_inputs_keep_cifars_pixels() -> None:
-    image = random_image(np.random.default_rng(3), 32, 32)
-    values = build_transform(False, dataset_args(""), 32)(image)
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    assert torch.equal(((values * std + mean) * 255).round().byte(), pixels)
-
-
-def test_very_long_images_stay_small_in_memory() -> None:
+def test_very_long_images_stay_small_in_memory():
     strip = Image.new("RGB", (60_000, 1))
     assert ResizeToCover((256, 256))(strip).size == (256 * 64, 256)
 
@@ -174,31 +143,27 @@ def test_very_long_images_stay_small_in_memory() -> None:
         (True, {"aa": "rand-zz5"}, "aa='rand-zz5'"),
         (True, {"remode": "x"}, "remode='x'"),
         (True, {"input_size": 0}, "input_size is 0, allowed"),
-        (False, {"input_size": (32, 32, 3)}, "input_size is .* allowed"),
+        (False, {"input_size": (32, 32, 3)}, "input_size is (32, 32, 3), allowed"),
         (False, {"eval_crop_ratio": 0.0}, "eval_crop_ratio is 0.0, allowed"),
         (False, {"eval_crop_ratio": 1.5}, "eval_crop_ratio is 1.5, allowed"),
     ],
 )
-def test_wrong_transforms_are_one_line(is_train: bool, changes: dict, name: str) -> None:
-    args = dataset_args("", **changes)
-    with pytest.raises(InputError, match=name) as error:
-        build_transform(is_train, args, args.input_size)
-    assert "\n" not in str(error.value)
+def test_wrong_transforms_are_one_line(is_train, changes, name):
+    assert name in refusal(is_train, dataset_args("", **changes))
 
 
 @pytest.mark.parametrize(
     "aa", ["rand-m10-n9-inc1", "rand-m10-n9-inc0", "rand-m9-mstd0.5-inc1", "augmix", "v0", "3a"]
 )
-def test_auto_augment_at_any_magnitude(aa: str) -> None:
+def test_auto_augment_at_any_magnitude(aa):
     transform = build_transform(True, dataset_args("", aa=aa), 16)
     image = random_image(np.random.default_rng(8), 20, 20)
     for seed in range(150):
-        random.seed(seed)
-        np.random.seed(seed)
+        seed_everything(seed)
         assert transform(image).isfinite().all()
 
 
-def test_posterize() -> None:
+def test_posterize():
     transform = build_transform(True, dataset_args("", aa="rand-m9-inc1"), 48)
     (augment,) = (step for step in transform.transforms if hasattr(step, "ops"))
     (operation,) = (step for step in augment.ops if step.name.startswith("Posterize"))
@@ -212,20 +177,18 @@ def test_posterize() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_error_policy_reaches_the_training_process(folder: Path, num_workers: int) -> None:
+def test_error_policy_reaches_the_training_process(folder, num_workers):
     bad = folder / "train" / "bee" / "2.png"
     bad.write_bytes(b"")
     dataset = build(True, folder)
     with pytest.raises(BadImageError) as error:
         _load(dataset, [SampleKey(index, 0, 0) for index in range(8)], num_workers)
-    # The traceback keeps the loader alive in a reference cycle; ended by the garbage collector, its
-    # worker would be waited for during five seconds of some later test.
-    traceback.clear_frames(error.tb)
+    traceback.clear_frames(error.tb)  # or some later test waits for the loader's worker
     assert str(error.value).startswith(f"cannot read image {bad}: ")
     assert "\n" not in str(error.value)
 
 
-def test_skip_policy_replaces_in_training(folder: Path) -> None:
+def test_skip_policy_replaces_in_training(folder):
     clean = build(True, folder)
     (folder / "train" / "bee" / "2.png").write_bytes(b"")
     dataset = build(True, folder, bad_images="skip")
@@ -239,7 +202,7 @@ def test_skip_policy_replaces_in_training(folder: Path) -> None:
     assert torch.equal(replaced, again), "the replacement depends on the key alone"
 
 
-def test_skip_policy_gives_zeros_in_evaluation(folder: Path) -> None:
+def test_skip_policy_gives_zeros_in_evaluation(folder):
     (folder / "val" / "bee" / "1.png").write_bytes(b"")
     dataset = build(False, folder, bad_images="skip", input_size=(48, 32))
     image, target, _ = dataset[4]
@@ -247,7 +210,7 @@ def test_skip_policy_gives_zeros_in_evaluation(folder: Path) -> None:
     assert [dataset[i][2] for i in range(6)] == [0, 0, 0, 0, 1, 0]
 
 
-def test_skip_policy_gives_up_when_nothing_is_readable(folder: Path) -> None:
+def test_skip_policy_gives_up_when_nothing_is_readable(folder):
     for path in folder.glob("train/*/*.png"):
         path.write_bytes(b"")
     with pytest.raises(BadImageError, match=r"cannot read image .*ant/0\.png.*in its place"):
@@ -257,7 +220,7 @@ def test_skip_policy_gives_up_when_nothing_is_readable(folder: Path) -> None:
 # Bad input --------------------------------------------------------------------------------------
 
 
-def test_bad_folders(folder: Path) -> None:
+def test_bad_folders(folder):
     assert "does not exist" in refusal(True, dataset_args(folder / "nowhere"))
     (folder / "file").write_text("")
     assert "is not a folder" in refusal(True, dataset_args(folder / "file"))
@@ -272,26 +235,22 @@ def test_bad_folders(folder: Path) -> None:
     assert f"any class folder in {folder}/val" in refusal(False, dataset_args(folder))
 
 
-def test_unknown_choices_list_the_allowed_ones(folder: Path) -> None:
-    allowed = "IMNET, CIFAR10, CIFAR100, CIFAR, INAT, INAT19, DEMO"
+def test_unknown_choices_list_the_allowed_ones(folder):
+    assert tuple(DATA_SETS) == arguments.DATA_SETS
     text = refusal(True, dataset_args(folder, data_set="MNIST"))
-    assert text == f"data_set is 'MNIST', allowed: {allowed}"
+    assert text == f"data_set is 'MNIST', allowed: {', '.join(DATA_SETS)}"
     text = refusal(True, dataset_args(folder, bad_images="ignore"))
     assert text == "bad_images is 'ignore', allowed: error, skip"
 
 
-def test_choices_are_those_of_the_command_line() -> None:
-    assert tuple(DATA_SETS) == arguments.DATA_SETS
-
-
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19"])
-def test_missing_torchvision_data_sets_say_what_to_do(tmp_path: Path, name: str) -> None:
+def test_missing_torchvision_data_sets_say_what_to_do(tmp_path, name):
     text = refusal(True, dataset_args(tmp_path, data_set=name))
     assert text.startswith(f"cannot read {name} in {tmp_path} (--download fetches it): ")
     assert "does not exist" in refusal(True, dataset_args(tmp_path / "nowhere", data_set=name))
 
 
-def test_different_classes_are_named(folder: Path) -> None:
+def test_different_classes_are_named(folder):
     train, val = build(True, folder), build(False, folder)
     check_same_classes(train, val)
     many = [f"class {index}" for index in range(99)]
@@ -316,24 +275,22 @@ def write_cifar10(root: Path) -> None:
     """Five images that are the training and the validation set."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
-    batch = pickle.dumps({"data": CIFAR_PIXELS, "labels": CIFAR_TARGETS})
-    (folder / "batch").write_bytes(batch)
-    names = pickle.dumps({"label_names": [f"c{index}" for index in range(10)]})
-    (folder / "meta").write_bytes(names)
+    batch = {"data": CIFAR_PIXELS, "labels": CIFAR_TARGETS}
+    (folder / "batch").write_bytes(pickle.dumps(batch))
+    (folder / "meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
 
 
 @pytest.fixture
-def cifar10(monkeypatch: pytest.MonkeyPatch) -> type[torchvision.datasets.CIFAR10]:
+def cifar10(monkeypatch) -> type[CIFAR10]:
     """torchvision's class, reading what `write_cifar10` writes."""
-    source = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(source, "train_list", [["batch", None]])
-    monkeypatch.setattr(source, "test_list", [["batch", None]])
-    monkeypatch.setattr(source, "meta", {"filename": "meta", "key": "label_names", "md5": None})
-    return source
+    for name in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, name, [["batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": None})
+    return CIFAR10
 
 
 @pytest.mark.usefixtures("cifar10")
-def test_cifar10(tmp_path: Path) -> None:
+def test_cifar10(tmp_path):
     write_cifar10(tmp_path)
     train = build(True, tmp_path, data_set="CIFAR10", input_size=64)
     val = build(False, tmp_path, data_set="CIFAR10", input_size=32)
@@ -364,9 +321,7 @@ def inaturalist(tmp_path: Path) -> Path:
     ("category", "targets", "num_classes"),
     [("name", [0, 1, 2], 3), ("full", [0, 1, 2], 3), ("supercategory", [1, 0, 1], 2)],
 )
-def test_inaturalist(
-    inaturalist: Path, category: str, targets: list[int], num_classes: int
-) -> None:
+def test_inaturalist(inaturalist, category, targets, num_classes):
     for is_train in (True, False):
         dataset = build(is_train, inaturalist, data_set="INAT", inat_category=category)
         assert len(dataset.classes) == num_classes and len(dataset) == 3
@@ -374,11 +329,10 @@ def test_inaturalist(
         assert {name for _, name in dataset.source.index} == {f"{1 - is_train}.jpg"}
 
 
-def test_inaturalist_says_what_is_missing(inaturalist: Path) -> None:
+def test_inaturalist_says_what_is_missing(inaturalist):
     args = dataset_args(inaturalist, data_set="INAT")
-    assert "name, full, supercategory" in refusal(
-        True, dataset_args(inaturalist, data_set="INAT", inat_category="kingdom")
-    )
+    kingdom = dataset_args(inaturalist, data_set="INAT", inat_category="kingdom")
+    assert "name, full, supercategory" in refusal(True, kingdom)
     (inaturalist / "val2018.json").write_text('{"images": []}')
     assert "none of the images" in refusal(False, args)
     (inaturalist / "val2018.json").unlink()
@@ -388,12 +342,10 @@ def test_inaturalist_says_what_is_missing(inaturalist: Path) -> None:
 # Several processes ------------------------------------------------------------------------------
 
 
-def test_one_process_downloads_and_the_others_wait(
-    cifar10: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_process_downloads_and_the_others_wait(cifar10, tmp_path, monkeypatch):
     events, root = tmp_path / "events", tmp_path / "data"
 
-    def download(dataset: torchvision.datasets.CIFAR10) -> None:
+    def download(dataset: CIFAR10) -> None:
         if not root.exists():
             note(events, "begins")
             time.sleep(0.5)
@@ -401,7 +353,7 @@ def test_one_process_downloads_and_the_others_wait(
             note(events, "ends")
 
     def body(rank: int) -> None:
-        args = Namespace(**vars(dataset_args(root, data_set="CIFAR10", download=True)), eval=False)
+        args = dataset_args(root, data_set="CIFAR10", download=True)
         train, val = build_datasets(args, (32, 32), CPU)
         note(events, f"{len(train)} and {len(val)} images")
 
@@ -411,7 +363,7 @@ def test_one_process_downloads_and_the_others_wait(
 
 
 @pytest.mark.parametrize("failing", [None, 0, 1])
-def test_processes_take_turns(tmp_path: Path, failing: int | None) -> None:
+def test_processes_take_turns(tmp_path, failing):
     events = tmp_path / "events"
 
     def body(rank: int) -> None:

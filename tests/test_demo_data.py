@@ -1,6 +1,5 @@
 """The demo set: the same every time, whole or absent, never in the place of other data."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,19 @@ def _contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.glob("*/*/*.png"))}
 
 
-def test_demo_is_the_same_every_time(tmp_path: Path) -> None:
-    first = _contents(make_demo(tmp_path / "a", **SMALL))
-    assert first == _contents(make_demo(tmp_path / "b", **SMALL))
+def test_demo_is_the_same_every_time(tmp_path):
+    def made(name: str, **changes: int) -> dict[str, bytes]:
+        return _contents(make_demo(tmp_path / name, **SMALL | changes))
+
+    first = made("a")
     assert len(first) == len(set(first.values())) == len(DEMO_CLASSES) * 5
-    longer = _contents(make_demo(tmp_path / "c", **SMALL | {"num_train": 4}))
+    longer = made("b", num_train=4)
     assert first.items() <= longer.items(), "a picture does not depend on how many there are"
-    other = _contents(make_demo(tmp_path / "d", **SMALL, seed=1))
+    other = made("c", seed=1)
     assert other.keys() == first.keys() and not set(other.values()) & set(first.values())
 
 
-def test_demo_is_an_image_folder(tmp_path: Path) -> None:
+def test_demo_is_an_image_folder(tmp_path):
     root = make_demo(tmp_path / "made" / "demo", **SMALL)
     train = build(True, root, data_set="DEMO", input_size=32)
     val = build(False, root, data_set="DEMO", input_size=32)
@@ -40,7 +41,7 @@ def test_demo_is_an_image_folder(tmp_path: Path) -> None:
     assert np.asarray(Image.open(root / "val" / "star" / "0001.png")).shape == (32, 32, 3)
 
 
-def test_complete_demo_is_left_alone(tmp_path: Path) -> None:
+def test_complete_demo_is_left_alone(tmp_path):
     root = make_demo(tmp_path / "demo", **SMALL)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     make_demo(root, **SMALL)
@@ -48,7 +49,7 @@ def test_complete_demo_is_left_alone(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
-def test_interrupted_demo_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_demo_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
@@ -58,7 +59,7 @@ def test_interrupted_demo_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_never_replaces_other_data(tmp_path: Path) -> None:
+def test_demo_never_replaces_other_data(tmp_path):
     folder = write_image_folder(tmp_path / "images")
     before = _contents(folder)
     with pytest.raises(InputError, match="not touched"):
@@ -72,20 +73,20 @@ def test_demo_never_replaces_other_data(tmp_path: Path) -> None:
     assert "cannot make" in refusal(True, dataset_args(folder / "file" / "demo", data_set="DEMO"))
 
 
-def test_two_runs_make_one_demo(tmp_path: Path) -> None:
+def test_two_runs_make_one_demo(tmp_path):
     root = tmp_path / "demo"
-    run_forked([partial(make_demo, root, **SMALL)] * 3)
+    run_forked(3, lambda rank: make_demo(root, **SMALL))
     assert is_demo(root) and list(tmp_path.iterdir()) == [root]
 
 
 @pytest.mark.parametrize("setting", [{"num_train": 0}, {"num_val": 0}, {"size": 8}, {"seed": -1}])
-def test_demo_refuses_wrong_settings(tmp_path: Path, setting: dict[str, int]) -> None:
+def test_demo_refuses_wrong_settings(tmp_path, setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))} is .*allowed"):
         make_demo(tmp_path / "demo", **setting)
 
 
 @pytest.mark.parametrize("name", DEMO_CLASSES)
-def test_demo_objects_are_whole(name: str) -> None:
+def test_demo_objects_are_whole(name):
     for index in range(20):
         rng = np.random.default_rng([9, index])
         mask = np.asarray(demo._object_mask(rng, name, 64)) / 255

@@ -21,12 +21,17 @@ from samplers import EvalSampler, TrainSampler
 from utils import InputError
 
 CPU = torch.device("cpu")
-PLAIN = {"aa": "none", "color_jitter": 0, "reprob": 0, "train_interpolation": "bicubic"}
+PLAIN = {"aa": "none", "color_jitter": 0, "reprob": 0, "batch_size": 5, "input_size": 32}
 
 
 def cache_args(data_path: Path, folder: Path, **changes: object) -> Namespace:
-    plain = PLAIN | {"eval": False, "image_cache": str(folder), "batch_size": 5, "input_size": 32}
-    return dataset_args(data_path, **(plain | changes))
+    return dataset_args(data_path, **PLAIN | {"image_cache": str(folder)} | changes)
+
+
+def assert_same(batches, others) -> None:
+    for batch, other in zip(batches, others, strict=True):
+        for mine, theirs in zip(batch, other, strict=True):
+            assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
 
 
 def training_loader(size: int = 40, **options: object) -> CachedLoader:
@@ -42,9 +47,7 @@ def test_evaluation_equals_the_ordinary_loader(data_path, tmp_path, input_size):
     ours = build_cached_loader(args, dataset, EvalSampler(24), CPU)
     theirs = DataLoader(dataset, batch_size=5, sampler=EvalSampler(24))
     assert len(ours) == len(theirs) == 5
-    for mine, other in zip(ours, theirs, strict=True):
-        for a, b in zip(mine, other, strict=True):
-            assert torch.equal(a, b) and a.dtype == b.dtype
+    assert_same(ours, theirs)
 
 
 def test_crops_and_flips_are_torchvisions():
@@ -72,9 +75,8 @@ def test_a_sample_depends_on_its_key_alone():
     def by_key(**options: object) -> dict:
         loader = training_loader(**{"num_repeats": 3, "seed": 2} | options)
         loader.sampler.set_epoch(1)
-        keys = list(loader.sampler)
         images = torch.cat([images for images, _, _ in loader])
-        return dict(zip(keys, images, strict=False))
+        return dict(zip(loader.sampler, images, strict=False))
 
     alone = by_key()
     shares = by_key(world_size=2) | by_key(rank=1, world_size=2)
@@ -88,10 +90,8 @@ def test_an_epoch_can_be_entered_in_its_middle():
     loader = training_loader()
     whole = list(loader)
     loader.sampler.set_epoch(0, start=14)
-    rest = list(loader)
-    assert len(rest) == len(loader) == len(whole) - 2
-    for mine, other in zip(rest, whole[2:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    assert len(loader) == len(whole) - 2
+    assert_same(loader, whole[2:])
 
 
 def test_the_file_is_made_once_and_anew_when_the_data_change(data_path, tmp_path):

@@ -39,7 +39,7 @@ def soft_term(logits: Tensor, tau: float) -> float:
     return ((p * (p / q).log()).sum() * tau * tau / logits.numel()).item()
 
 
-def test_none_is_the_base_criterion() -> None:
+def test_none_is_the_base_criterion():
     criterion = DistillationLoss(nn.CrossEntropyLoss())
     expected = cross_entropy(LOGITS, TARGETS.tolist())
     assert criterion(IMAGES, LOGITS, TARGETS).item() == pytest.approx(expected, rel=1e-6)
@@ -50,7 +50,7 @@ def test_none_is_the_base_criterion() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("outputs", [LOGITS, (LOGITS, DISTILLED)], ids=["one head", "two heads"])
 @pytest.mark.parametrize(("kind", "tau"), [("soft", 1.0), ("soft", 3.0), ("hard", 7.0)])
-def test_distillation(alpha: float, outputs, kind: str, tau: float) -> None:
+def test_distillation(alpha, outputs, kind, tau):
     criterion = DistillationLoss(nn.CrossEntropyLoss(), Teacher(), kind, alpha, tau)
     distilled = outputs[1] if isinstance(outputs, tuple) else outputs
     decisions = [1, 2, 2]  # the teacher's largest logits
@@ -60,7 +60,7 @@ def test_distillation(alpha: float, outputs, kind: str, tau: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_gradients_reach_the_student_only(kind: str) -> None:
+def test_gradients_reach_the_student_only(kind):
     teacher = Teacher().train()
     criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, kind, alpha=0.5)
     logits = LOGITS.clone().requires_grad_()
@@ -80,7 +80,7 @@ def test_gradients_reach_the_student_only(kind: str) -> None:
         ({"tau": 0.0}, "tau is 0.0, allowed: above 0"),
     ],
 )
-def test_bad_settings(changes: dict, words: str) -> None:
+def test_bad_settings(changes, words):
     settings = {"teacher_model": Teacher(), "distillation_type": "soft"} | changes
     with pytest.raises(ValueError, match=words):
         DistillationLoss(nn.CrossEntropyLoss(), **settings)
