@@ -30,36 +30,17 @@ REDUCTION_FLAGS = (
 # Keywords of the model that have a flag, and so cannot be given in --model-kwargs.
 KEYWORD_FLAGS = {"model_name": "--model", "img_size": "--input-size", "num_classes": "--nb-classes"}
 KEYWORD_FLAGS |= {name: f"--{name.replace('_', '-')}" for name in REDUCTION_FLAGS}
-# Flags and the interval, ends included, that their values must be in.
+# The interval, ends included, that the values of flags must be in; infinity itself is refused.
 RANGES = {
-    "batch_size": (1, math.inf),
-    "epochs": (1, math.inf),
-    "epoch_images": (1, math.inf),
-    "accum_steps": (1, math.inf),
-    "eval_interval": (1, math.inf),
-    "print_freq": (1, math.inf),
-    "keep_checkpoints": (1, math.inf),
-    "lr": (0, math.inf),
-    "min_lr": (0, math.inf),
-    "warmup_lr": (0, math.inf),
-    "lr_noise_pct": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "drop_path": (0, 0.999),
-    "smoothing": (0, 0.999),
-    "mixup": (0, math.inf),
-    "cutmix": (0, math.inf),
-    "mixup_prob": (0, 1),
-    "mixup_switch_prob": (0, 1),
-    "model_ema_decay": (0, 1),
-    "distillation_alpha": (0, 1),
-    "distillation_tau": (1e-9, math.inf),
-    "eval_crop_ratio": (1e-3, 1),
-    "seed": (0, 2**63 - 1),
-    "num_workers": (0, math.inf),
-    "start_epoch": (0, math.inf),
-    "warmup_epochs": (0, math.inf),
-    "shrink_epochs": (0, math.inf),
-    "shrink_start_epoch": (0, math.inf),
+    (1, math.inf): "batch_size epochs epoch_images accum_steps eval_interval print_freq "
+    "keep_checkpoints",
+    (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers "
+    "start_epoch warmup_epochs shrink_epochs shrink_start_epoch",
+    (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha",
+    (0, 0.999): "drop_path smoothing",
+    (1e-3, 1): "eval_crop_ratio",
+    (1e-9, math.inf): "distillation_tau",
+    (0, 2**63 - 1): "seed",
 }
 
 
@@ -298,11 +279,12 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
     What the model itself checks (keep rates, ratios, locations) is left to it.
     """
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if value is not None and (not low <= value <= high or value == math.inf):
-            limits = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            parser.error(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    for (low, high), names in RANGES.items():
+        limits = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and (not low <= value <= high or value == math.inf):
+                parser.error(f"--{name.replace('_', '-')} must be {limits}, got {value}")
     if args.cutmix_minmax and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
         parser.error(f"--cutmix-minmax must be 0 <= MIN < MAX <= 1, got {args.cutmix_minmax}")
     if args.distillation_type != "none" and not args.teacher_path:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import textwrap
 import time
 import zipfile
 from collections.abc import Mapping
@@ -35,7 +36,6 @@ from utils import (
     writing,
 )
 
-SHOWN_NAMES = 8  # differing parameters that an error message spells out
 # Flags whose values a resumed run takes from its optimizer and scheduler, not from the command.
 SCHEDULE_FLAGS = (
     "opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "sched", "lr", "unscale_lr",
@@ -258,8 +258,9 @@ def fit_weights(
             f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
             for name in reshaped
         ]
-        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        words = "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
+        kinds = {"of another shape": shapes, "missing": missing, "unexpected": unexpected}
+        words = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        words = textwrap.shorten(words, 400, placeholder=" and more")
         raise InputError(f"{source} is for another model; {words}")
     model.load_state_dict(own | {n: weights[n] for n in own if n not in differing})
     if differing:
@@ -287,11 +288,6 @@ def _fit_positions(
     if embedding is not None:
         weights["pos_embed"] = embedding
     return checkpoint_filter_fn(weights, model)
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 # Resuming ---------------------------------------------------------------------------------------

@@ -430,13 +430,6 @@ def start_state(
 # The command line -------------------------------------------------------------------------------
 
 
-def describe_only(args: argparse.Namespace, model_args: dict) -> None:
-    """Prints what the model's keep rate means; needs no data."""
-    model = build_model(model_args)
-    apply_target_gmacs(args.target_gmacs, model, model_args)
-    logger.info(describe(model))
-
-
 def run(args: argparse.Namespace) -> None:
     """Builds everything, then trains or evaluates."""
     # Start
@@ -448,7 +441,9 @@ def run(args: argparse.Namespace) -> None:
         stored.pop("num_classes", None)
     model_args = model_arguments(args, stored)
     if args.describe:
-        describe_only(args, model_args)
+        model = build_model(model_args)
+        apply_target_gmacs(args.target_gmacs, model, model_args)
+        logger.info(describe(model))
         return
     if args.deterministic:
         make_deterministic()

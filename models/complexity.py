@@ -6,6 +6,7 @@ the same whatever device the model lives on. Linear layers, convolutions and mat
 """
 
 import copy
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -100,9 +101,8 @@ def _join(values: Sequence[float]) -> str:
 def find_keep_rate(model: BATVisionTransformer, target_gmacs: float) -> float:
     """The largest keep rate, to three decimals and equal in all stages, within a budget.
 
-    A stage costs something itself, so a slightly lower keep rate may need more GMACs, and one just
-    below 1 more than the dense model. What the rest of the network needs only grows with the keep
-    rate: the search starts where that alone fits the budget, and goes down until all of it does.
+    A stage costs something itself, so that a keep rate just below 1 needs more GMACs than the dense
+    model, which is therefore looked at first.
 
     Args:
         model: the model; its own keep rate is not changed.
@@ -112,44 +112,21 @@ def find_keep_rate(model: BATVisionTransformer, target_gmacs: float) -> float:
         The keep rate, in (0, 1].
 
     Raises:
-        ValueError: even the cheapest keep rate needs more, or the model has no stage.
+        ValueError: even the smallest keep rate needs more, or the model has no stage.
     """
     if not model.reduction_loc or not get_reduction(model.reduction).reduces:
         raise ValueError("target GMACs need a model that reduces tokens")
     model = copy.deepcopy(model).to("meta")
-    counted: dict[tuple, tuple[float, float]] = {}
 
-    def count_at(thousandths: int) -> tuple[float, float]:
-        """GMACs of the whole network, and without the reducing blocks' products of tokens."""
+    def gmacs_at(thousandths: int) -> float:
         model.set_keep_rate(thousandths / 1000)
-        budgets = tuple(stage.budget for stage in model.stages())
-        if budgets not in counted:
-            counted[budgets] = _count_without_stages(model)
-        return counted[budgets]
+        return count_gmacs(model)
 
-    low, high = 0, 1000
-    while low < high:
-        middle = (low + high + 1) // 2
-        if count_at(middle)[1] <= target_gmacs:
-            low = middle
-        else:
-            high = middle - 1
-    while low > 0 and count_at(low)[0] > target_gmacs:
-        low -= 1
-    if low == 0:
+    if gmacs_at(1000) <= target_gmacs:
+        return 1.0
+    thousandths = bisect_right(range(1, 1000), target_gmacs, key=gmacs_at)
+    if thousandths == 0:
         raise ValueError(
-            f"target_gmacs {target_gmacs} is below the {count_at(1)[0]:.4f} of the smallest keep "
-            "rate"
+            f"target_gmacs {target_gmacs} is below the {gmacs_at(1):.4f} of the smallest keep rate"
         )
-    return low / 1000
-
-
-def _count_without_stages(model: BATVisionTransformer) -> tuple[float, float]:
-    """GMACs, in all and without attention and stage of the reducing blocks."""
-    gmacs = gmacs_by_module(model, depth=3)
-    linear_layers = ("attn.qkv", "attn.proj", "mlp")
-    rest = gmacs[""]
-    for index in model.reduction_loc:
-        rest -= gmacs[f"blocks.{index}"]
-        rest += sum(gmacs[f"blocks.{index}.{name}"] for name in linear_layers)
-    return gmacs[""], rest
+    return thousandths / 1000

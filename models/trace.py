@@ -61,12 +61,7 @@ def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) ->
 
     Returns:
         One trace per stage.
-
-    Raises:
-        ValueError: when the two lists differ in length, or a stage does not take in as many tokens
-            as the stage before it hands out.
     """
-    _check_shapes(assignments, stages)
     traces: list[PatchTrace] = []
     token_kind = None  # (B, N) PatchKind of each token entering the stage
     for group, assignment, stage in zip(
@@ -109,15 +104,3 @@ def _output_kinds(
     cluster_kind = torch.where(token_size > 1, int(PatchKind.CLUSTER), int(PatchKind.SINGLE))
     cluster_kind = torch.where(token_size > 0, cluster_kind, int(PatchKind.DROPPED))
     return torch.where(is_cluster, cluster_kind, kind)
-
-
-def _check_shapes(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) -> None:
-    """Raises ValueError unless the assignments fit together and fit the stages."""
-    if len(assignments) != len(stages):
-        raise ValueError(f"{len(assignments)} assignments for {len(stages)} stages; must be equal")
-    for i in range(1, len(assignments)):
-        if assignments[i].shape[1] != stages[i - 1].num_outputs:
-            raise ValueError(
-                f"stage {i + 1} takes {assignments[i].shape[1]} tokens; must be the "
-                f"{stages[i - 1].num_outputs} that stage {i} hands out"
-            )

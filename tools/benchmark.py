@@ -31,7 +31,7 @@ from models.clustering import class_token_importance
 from models.reduction import ReducedTokens, Stage, reduce_tokens
 from models.vit import BATBlock
 from tools import timing
-from tools.common import at_least_one
+from tools.common import at_least
 from tools.timing import Run, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, check_writable, init_process, run_script
 
@@ -347,7 +347,7 @@ def get_args_parser() -> ArgumentParser:
         metavar="METHOD", help=f"methods: {', '.join(REDUCTIONS)}")
     add("--input-size", type=_size, nargs="+", default=[(224, 224)], metavar="SIZE",
         help="image sizes, SIDE or HEIGHTxWIDTH in pixels; default: 224")
-    add("--batch-size", type=at_least_one, nargs="+", default=[16], help="images at a time")
+    add("--batch-size", type=at_least(1), nargs="+", default=[16], help="images at a time")
     add("--nb-classes", type=int, help="classes of all models; default: 1000")
     group = parser.add_argument_group("how to run")
     add = group.add_argument
@@ -356,9 +356,9 @@ def get_args_parser() -> ArgumentParser:
         help="float32 (TF32 off), or autocast to bf16 or fp16 (the weights stay float32)")
     add_switch(group, "--compile", default=False, help="torch.compile, one graph a shape")
     add_switch(group, "--cuda-graphs", default=False, help="--compile as 'reduce-overhead'")
-    add("--threads", type=at_least_one, help="of PyTorch on the CPU")
+    add("--threads", type=at_least(1), help="of PyTorch on the CPU")
     add("--repetitions", type=int, default=20, help="timed rounds, at least 10")
-    add("--warmup", type=at_least_one, default=3, help="rounds before them")
+    add("--warmup", type=at_least(1), default=3, help="rounds before them")
     add("--latency-repetitions", type=int, default=50,
         help="timed rounds of single images (--what model); 0: no latency")
     add("--seed", type=int, default=0, help="random seed of weights and images")

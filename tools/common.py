@@ -21,12 +21,15 @@ from models.reduction import ReducedTokens
 from utils import InputError, init_process, logger, seed_everything, write_atomically
 
 
-def at_least_one(text: str) -> int:
-    """An integer from 1 up, as argparse's type."""
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def at_least(low: int) -> Callable[[str], int]:
+    """argparse's type for an integer from `low` up."""
+
+    def integer(text: str) -> int:  # argparse says "invalid integer value"
+        if (value := int(text)) < low:
+            raise ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    return integer
 
 
 def _folder(text: str) -> Path:
@@ -44,10 +47,10 @@ def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentPars
     add = parser.add_argument_group("run").add_argument
     add("--checkpoint", default="", help="of main.py; without it: random weights")
     add("--output-dir", type=_folder, default=f"output/{name}", help="where to write")
-    add("--batch-size", type=at_least_one, default=batch_size, help="images at a time")
-    add("--num-workers", type=int, default=2, help="data loader worker processes")
+    add("--batch-size", type=at_least(1), default=batch_size, help="images at a time")
+    add("--num-workers", type=at_least(0), default=2, help="data loader worker processes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--seed", type=int, default=0, help="random seed")
+    add("--seed", type=at_least(0), default=0, help="random seed")
     return parser
 
 

@@ -198,7 +198,7 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
 
 def get_args_parser() -> ArgumentParser:
     parser, add = common.comparison_parser("diversity", HELP, batch_size=16)
-    add("--num-images", type=common.at_least_one, default=64, metavar="N",
+    add("--num-images", type=common.at_least(1), default=64, metavar="N",
         help="images to measure, spread evenly over the validation images")  # fmt: skip
     return parser
 

@@ -394,7 +394,7 @@ def get_args_parser() -> ArgumentParser:
         help="print one pair and add it to comparisons.csv, such as bat@0.5 evit@0.7; with several "
         "checkpoints best:bat@0.5; may be given again")
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
-    add("--save-every", type=common.at_least_one, default=20, metavar="N",
+    add("--save-every", type=common.at_least(1), default=20, metavar="N",
         help="batches between savings")
     # fmt: on
     add("--restart", action="store_true", help="replace an earlier sweep")

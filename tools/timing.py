@@ -19,11 +19,6 @@ from torch.profiler import ProfilerActivity, profile
 from utils import git_hash, versions
 
 Run = Callable[[], object]
-DECIMALS = {
-    "gmacs": 5, "images/s": 2, "p50_ms": 2, "p95_ms": 2, "step_ms": 2, "forward_ms": 3,
-    "stages_ms": 3, "memory_mib": 1, "stage_mib": 2, "attention_mib": 2, "keep": 6,
-}  # fmt: skip
-OTHER_DECIMALS = 4  # of the ratios
 
 
 class Setting(NamedTuple):
@@ -155,8 +150,7 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 
 def make_table(rows: Iterable[dict]) -> pd.DataFrame:
     """A line per row, rounded once so that text, CSV and JSON say the same."""
-    table = pd.DataFrame(list(rows)).dropna(axis=1, how="all")
-    return table.round(dict.fromkeys(table, OTHER_DECIMALS) | DECIMALS)
+    return pd.DataFrame(list(rows)).dropna(axis=1, how="all").round(6)
 
 
 def without_seconds(table: pd.DataFrame) -> pd.DataFrame:

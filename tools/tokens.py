@@ -179,7 +179,7 @@ def get_args_parser() -> ArgumentParser:
     add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
     add("--bad-images", choices=("error", "skip"), default="skip",
         help="an unreadable image ends the run, or is left out and named")
-    add("--num-images", type=common.at_least_one, metavar="N",
+    add("--num-images", type=common.at_least(1), metavar="N",
         help="follow the first N images; default: all")
     # fmt: on
     return parser
