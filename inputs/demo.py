@@ -136,35 +136,17 @@ def _scene_colours(rng: np.random.Generator, name: str, size: int) -> tuple[np.n
     return max(drawn, key=itemgetter(0))[1:]
 
 
-def _draw_blobs(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Adds up to six small round blobs, which carry no label, to a (size, size, 3) image."""
-    size = len(image)
-    canvas = Image.fromarray(image.astype(np.uint8)).resize((2 * size, 2 * size))
-    draw = ImageDraw.Draw(canvas)
-    for _ in range(rng.integers(0, 7)):
-        centre = rng.uniform(0, 2 * size, 2)
-        radii = rng.uniform(0.015, 0.045, 2) * 2 * size
-        colour = _hsv_to_rgb(rng.random(), rng.uniform(0.3, 1), rng.uniform(0.4, 1))
-        draw.ellipse((*(centre - radii), *(centre + radii)), fill=tuple(colour.astype(int)))
-    return np.asarray(canvas.reduce(2), dtype=np.float64)
-
-
 def draw_demo_image(name: str, size: int, rng: np.random.Generator) -> Image.Image:
     """One RGB picture of size x size pixels, with an object of class `name`."""
-    background, colour = _scene_colours(rng, name, size)
-    image = _draw_blobs(rng, background)
+    image, colour = _scene_colours(rng, name, size)
     mask = _object_mask(rng, name, size)
     # A soft shadow, down and to the right, lifts the object off the background.
     shadow = Image.new("L", mask.size)
     shadow.paste(mask, (max(1, size // 32),) * 2)
     shadow = shadow.filter(ImageFilter.GaussianBlur(size / 40))
     image = image * (1 - 0.55 * np.asarray(shadow)[..., None] / 255)
-    # Light from a random side shades the object from bright to dark.
-    y, x = np.mgrid[0:size, 0:size] / size - 0.5
-    angle = rng.uniform(0, 2 * np.pi)
-    shade = 1 + rng.uniform(0, 0.5) * (np.cos(angle) * x + np.sin(angle) * y)
     opacity = np.asarray(mask)[..., None] / 255
-    image = image * (1 - opacity) + colour * shade[..., None] * opacity
+    image = image * (1 - opacity) + colour * opacity
     return Image.fromarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
 
 

@@ -114,6 +114,13 @@ class BATBlock(Block):
         """
         attended, importance = self.attn.attend(self.norm1(x))
         x = x + self.drop_path1(self.ls1(attended))
+        reduced = self.reduce(x, importance, sizes)
+        x = reduced.tokens  # (B, prefix + K, D)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return reduced._replace(tokens=x)
+
+    def reduce(self, x: Tensor, importance: Tensor, sizes: Tensor | None) -> ReducedTokens:
+        """The stage alone, between attention and MLP; as `forward`, with importance (B, L)."""
         prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], 1)
         if sizes is None:
             sizes = torch.ones_like(patches[..., 0], dtype=torch.float32)  # (B, N)
@@ -131,9 +138,7 @@ class BATBlock(Block):
             match_ratio=self.match_ratio,
             merge_weights=self.merge_weights,
         )
-        x = torch.cat([prefix, reduced.tokens], dim=1)  # (B, prefix + K, D)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return reduced._replace(tokens=x)
+        return reduced._replace(tokens=torch.cat([prefix, reduced.tokens], dim=1))
 
 
 class StageInfo(NamedTuple):

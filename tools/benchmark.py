@@ -28,7 +28,7 @@ from arguments import (
 from checkpoints import build_model
 from models import REDUCTIONS, BATVisionTransformer, count_gmacs
 from models.clustering import class_token_importance
-from models.reduction import ReducedTokens, Stage, reduce_tokens
+from models.reduction import ReducedTokens
 from models.vit import BATBlock
 from tools import timing
 from tools.common import at_least
@@ -74,11 +74,7 @@ class Candidate(NamedTuple):
 def build_candidates(
     args: Namespace, img_size: tuple[int, int], setting: Setting
 ) -> list[Candidate]:
-    """timm's dense model, then every reduction at every keep rate, in evaluation mode.
-
-    Raises:
-        InputError: a model cannot be built.
-    """
+    """timm's dense model, then every reduction at every keep rate, in evaluation mode."""
     lines = [(DENSE, 1.0)]
     lines += [(reduction, rate) for rate in args.keep_rate for reduction in args.reduction]
     candidates = []
@@ -93,11 +89,7 @@ def build_candidates(
 
 
 def build_dense(model_args: dict) -> nn.Module:
-    """timm's own model of the same shape as a reducing one, with fused attention.
-
-    Raises:
-        InputError: there is no such model, or timm's fused attention is switched off.
-    """
+    """timm's own model of the same shape as a reducing one, with fused attention."""
     name = model_args["model_name"]
     dense = name.removeprefix(PREFIX)
     if dense == name or not timm.is_model(dense):
@@ -234,8 +226,8 @@ class StageInputs(NamedTuple):
 
     query: Tensor  # (B, H, 1, D / H) the class token's
     keys: Tensor  # (B, H, L, D / H) of all tokens
-    patches: Tensor  # (B, N, D) after the attention residual
-    sizes: Tensor  # (B, N) float32 number of patches that each of them stands for
+    x: Tensor  # (B, L, D) tokens after the attention residual
+    sizes: Tensor | None  # (B, N) float32 number of patches of each token; None: one
     normed: Tensor  # (B, L, D) tokens that entered the attention layer
 
 
@@ -261,25 +253,16 @@ def record_stages(
     stages = []
     for block in blocks:
         x, sizes = seen[block]
-        patches = (x + seen[block.drop_path1])[:, block.num_prefix_tokens :]
-        sizes = torch.ones(patches.shape[:2], device=x.device) if sizes is None else sizes
         query, keys = seen[block.attn.q_norm][:, :, :1], seen[block.attn.k_norm]
-        stages.append(StageInputs(query, keys, patches, sizes, seen[block.norm1]))
+        x = x + seen[block.drop_path1]
+        stages.append(StageInputs(query, keys, x, sizes, seen[block.norm1]))
     return stages
 
 
 def run_stage(block: BATBlock, inputs: StageInputs) -> ReducedTokens:
     """A block's stage alone: the class token's attention row, the groups and the merging."""
-    row = class_token_importance(inputs.query, inputs.keys, block.attn.scale)
-    importance = row[:, block.num_prefix_tokens :]
-    return reduce_tokens(
-        Stage(inputs.patches, importance, inputs.sizes, block.stage, block.reduction_seed),
-        block.reduction,
-        block.keep_rate,
-        cluster_ratio=block.cluster_ratio,
-        match_ratio=block.match_ratio,
-        merge_weights=block.merge_weights,
-    )
+    importance = class_token_importance(inputs.query, inputs.keys, block.attn.scale)
+    return block.reduce(inputs.x, importance, inputs.sizes)
 
 
 def measure_stages(
