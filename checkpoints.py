@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -315,21 +316,18 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
     if any(own[n].shape != value.shape for n, value in model_weights(checkpoint).items()):
         raise InputError(f"{source} was trained at another input size: use --finetune")
     try:
-        changed = _changed_schedule(checkpoint["args"], args)
+        _check_schedule(checkpoint["args"], args, source)
         state.load_state_dict(checkpoint)
         before = checkpoint["args"]["batch_size"] * checkpoint.get("world_size", get_world_size())
         now = args.batch_size * get_world_size()
         state.step = state.step * before // now // args.accum_steps * args.accum_steps
         if state.epoch < 0 or state.step < 0:
             raise ValueError(f"epoch {state.epoch}, step {state.step}")
+    except InputError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise InputError(f"{source} holds a training state of another run: {reason}") from e
-    if changed:
-        raise InputError(
-            f"{source} goes on with its own schedule, but {changed}: repeat the run's flags, or "
-            "start another run with --finetune"
-        )
     if state.ema is not None and checkpoint.get("model_ema") is not None:
         fit_weights(state.ema.module, model_weights(checkpoint, ema=True), source)
     set_keep_rate(state, state.model.keep_rates)
@@ -342,18 +340,19 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
         )
 
 
-def _changed_schedule(stored: Mapping, args: argparse.Namespace) -> str:
-    """Flags that ask for another schedule than the resumed one, in words; more epochs may be."""
+def _check_schedule(stored: Mapping, args: argparse.Namespace, source: str) -> None:
+    """Refuses flags that ask for another schedule than the one that is resumed, but more epochs."""
     changed = [n for n in SCHEDULE_FLAGS if n in stored and stored[n] != getattr(args, n)]
-    if changed == ["epochs"] and args.epochs > stored["epochs"]:
-        logger.info(
-            f"--epochs was {stored['epochs']} and is {args.epochs}; the learning rate schedule "
-            f"stays the one of {stored['epochs']} epochs"
-        )
-        return ""
-    return ", ".join(
+    words = ", ".join(
         f"--{n.replace('_', '-')} was {stored[n]} and is {getattr(args, n)}" for n in changed
     )
+    if changed == ["epochs"] and args.epochs > stored["epochs"]:
+        logger.info(f"{words}; the learning rate schedule stays the one of before")
+    elif changed:
+        raise InputError(
+            f"{source} goes on with its own schedule, but {words}: repeat the run's flags, or "
+            "start another run with --finetune"
+        )
 
 
 class CheckpointSchedule:
@@ -416,11 +415,9 @@ class RunFolder:
             facts: more facts for args.json.
             source: the checkpoint that the run goes on from, or "". Unless it is one of this
                 folder, a run that the folder holds is set aside whole, as previous-N/.
-
-        Raises:
-            OutputError: nothing can be written there.
         """
-        facts = self.about | facts | {"versions": versions(), "resumed": source, "started": _now()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        facts = self.about | facts | {"versions": versions(), "resumed": source, "started": now}
         with writing(self.folder):
             if not source or Path(source).resolve().parent != self.folder.resolve():
                 self._set_aside()
@@ -433,11 +430,11 @@ class RunFolder:
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=first_epoch)
 
     def _set_aside(self) -> None:
-        names = ("log.txt", "args.json", "best.pth", "correct.npy", "tensorboard")
+        names = ("best.pth", "log.txt", "args.json", "correct.npy", "tensorboard")
         files = checkpoint_files(self.folder) + [self.folder / name for name in names]
         found = [path for path in files if path.exists()]
-        if not found:
-            return
+        if not read_log(self.log_path) and not any(path.suffix == ".pth" for path in found):
+            return  # it did not come far
         number = 1
         while (previous := self.folder / f"previous-{number}").exists():
             number += 1
@@ -447,11 +444,7 @@ class RunFolder:
         logger.info(f"{self.folder} holds another run: moved to {previous}")
 
     def log_epoch(self, entry: dict) -> None:
-        """Appends one epoch, which has a key "epoch", to log.txt and to TensorBoard.
-
-        Raises:
-            OutputError: the disk is full or the folder is gone.
-        """
+        """Appends one epoch, which has a key "epoch", to log.txt and to TensorBoard."""
         with writing(self.log_path), open(self.log_path, "a") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
@@ -470,15 +463,11 @@ class RunFolder:
 
         The ones before it stay as checkpoint.1.pth (the newest of them), checkpoint.2.pth, ...
         """
-        names = [
-            "checkpoint.pth",
-            *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)),
-        ]
-        newest, *older = [self.folder / name for name in names]
-        pending = self.folder / "checkpoint.pending.pth"
+        older = [self.folder / f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)]
+        newest, pending = self.folder / "checkpoint.pth", self.folder / "checkpoint.pending.pth"
         self._write(state.state_dict(), pending)
         with writing(newest):
-            for younger, path in reversed(list(zip([newest, *older], older, strict=False))):
+            for younger, path in reversed(list(pairwise([newest, *older]))):
                 if younger.exists():
                     os.replace(younger, path)
             os.replace(pending, newest)
@@ -502,7 +491,3 @@ class RunFolder:
         if self.writer is not None:
             with suppress(OSError):
                 self.writer.close()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -329,30 +329,24 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OutputError:
         raise
-    except OSError as problem:
-        raise OutputError(f"cannot write {path}: {problem.strerror or problem}") from problem
+    except (OSError, RuntimeError) as problem:  # torch.save makes a RuntimeError of an OSError
+        reason = getattr(problem, "strerror", None) or str(problem).strip().partition("\n")[0]
+        raise OutputError(f"cannot write {path}: {reason}") from problem
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file that is there whole or not at all, even if the machine goes down.
 
-    Args:
-        path: the file to make or replace.
-        write: called with the open binary file.
-
-    Raises:
-        OutputError: the disk is full or the folder is gone; the file at `path` is as it was.
+    `write` is called with the open binary file. After an `OutputError` (the disk is full, the
+    folder is gone) the file at `path` is as it was.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         with writing(path):
-            try:
-                with open(partial, "wb") as file:
-                    write(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except RuntimeError as problem:  # what torch.save makes of an OSError
-                raise OSError(str(problem).strip().partition("\n")[0]) from problem
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -365,11 +359,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Makes an output folder.
-
-    Raises:
-        InputError: nothing can be written there.
-    """
+    """Makes an output folder; InputError when nothing can be written there."""
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

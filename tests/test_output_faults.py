@@ -220,10 +220,10 @@ def test_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
     assert names == ["checkpoint.1.pth", "checkpoint.pth", "log.txt"]
     assert load(previous / "checkpoint.pth")["epoch"] == 6
     folder.save(make_state(7))
-    for _ in range(2):  # the second finds arguments and events of the first, but no checkpoint
+    for _ in range(2):  # the second finds arguments and events of the first, but no epoch
         folder = make_folder(tmp_path)
         folder.start(0, {})
         folder.close()
     assert load(previous / "checkpoint.pth")["epoch"] == 6, "never overwritten"
     assert load(tmp_path / "previous-2" / "checkpoint.pth")["epoch"] == 7
-    assert (tmp_path / "previous-3" / "args.json").exists()
+    assert not (tmp_path / "previous-3").exists()

@@ -2,9 +2,8 @@
 
     python -m tools.sweep --checkpoint best.pth --keep-rate 0.7 0.5 --data-path data/demo
 
-Every batch is decoded once and shown to all configurations; methods and keep rates are switched on
-the same weights. Exit codes: 0 done, 1 images could not be read (they are named and counted), 2 bad
-input, 130 interrupted (Ctrl-C, SIGTERM).
+Exit codes: 0 done, 1 images could not be read (they are named and counted), 2 bad input, 130
+interrupted (Ctrl-C, SIGTERM).
 """
 
 import hashlib
