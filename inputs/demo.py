@@ -189,13 +189,15 @@ def make_demo(
     root = Path(root).expanduser().absolute()
     try:
         if not is_demo(root):
+            if root.exists() and any(root.iterdir()):
+                raise InputError(f"{root} holds something else than a demo set; not touched")
             root.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
                 _draw_all(Path(folder, "new"), settings)
-                with suppress(OSError):  # another run has been quicker, or something is there
+                with suppress(OSError):  # another run has been quicker
                     os.replace(Path(folder, "new"), root)
-        if not is_demo(root) or json.loads((root / SETTINGS_FILE).read_text()) != settings:
-            raise InputError(f"{root} holds something else than this demo set; not touched")
+        if json.loads((root / SETTINGS_FILE).read_text()) != settings:
+            raise InputError(f"{root} holds another demo set; not touched")
     except OSError as error:
         raise InputError(f"cannot make the demo set in {root}: {error}") from error
     return root

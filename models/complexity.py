@@ -72,8 +72,8 @@ def describe(model: BATVisionTransformer) -> str:
         f"reduction {model.reduction}, keep rates {_join(model.keep_rates)}, "
         f"blocks {_join(model.reduction_loc)}, cluster ratio {model.cluster_ratio:g}, "
         f"match ratio {model.match_ratio:g}, merge weights {model.merge_weights}",
-        f"{count_parameters(model):,} parameters, {model.num_prefix_tokens} prefix token(s) "
-        "beside the patch tokens counted below",
+        f"parameters: {count_parameters(model):,}; prefix tokens, beside the patch tokens below: "
+        f"{model.num_prefix_tokens}",
         columns.format(*names),
     ]
     stages = {stage.block: stage for stage in model.stages()}

@@ -9,6 +9,6 @@ for versions in ${VERSIONS:-oldest newest}; do
         VENV=".venv-$versions"
         setup_env "${requirements[$versions]}"
         python -c 'import timm, torch; print(f"torch {torch.__version__}, timm {timm.__version__}")'
-        python -m pytest "$@"
+        python -m pytest -n 2 --dist loadfile "$@"
     )
 done

@@ -11,7 +11,7 @@ from torch import nn
 
 from utils import find_amp
 
-SHRINKING = ["--shrink-epochs", "2", "--shrink-start-epoch", "0"]
+SHRINKING = ["--shrink-epochs", "1", "--shrink-start-epoch", "0", "--epochs", "2"]
 
 
 def train(call: RunMain, data_path: Path, folder: Path, *more: object, **options) -> Result:
@@ -35,7 +35,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "most"), [([], 3), (SHRINKING, 10)], ids=["fixed", "shrinking"]
+    ("schedule", "most"), [([], 3), (SHRINKING, 6)], ids=["fixed", "shrinking"]
 )
 def test_compiled_run_equals_the_eager_one(
     call_main: RunMain, data_path: Path, tmp_path: Path, graphs: dict, schedule: list, most: int
@@ -53,17 +53,18 @@ def test_compiled_run_equals_the_eager_one(
             assert ours["test_loss"] == pytest.approx(theirs["test_loss"], abs=1e-4)
     else:
         rates = [entry["keep_rate"] for entry in read_log(tmp_path / "compiled")]
-        assert rates == [[1.0, 1.0], [0.75, 0.75], [0.5, 0.5]]
+        assert rates == [[1.0, 1.0], [0.5, 0.5]]
 
 
 def test_two_compiled_processes(
     run_main: RunMain, call_main: RunMain, data_path: Path, tmp_path: Path
 ) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    train(
-        run_main, data_path, tmp_path / "two", "--batch-size", "8", "--compile", launcher=launcher
-    )
-    train(call_main, data_path, tmp_path / "one", "--batch-size", "16")
+    # Four images divide both sets, so that every process makes two graphs.
+    small = ["--model-kwargs", "patch_size=8", "embed_dim=32", "depth=1", "num_heads=2"]
+    small += ["--reduction-loc", "0", "--epochs", "2", "--batch-size"]
+    train(run_main, data_path, tmp_path / "two", *small, "4", "--compile", launcher=launcher)
+    train(call_main, data_path, tmp_path / "one", *small, "8")
     for two, one in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-4)
         assert two["test_acc1"] == one["test_acc1"]
