@@ -28,18 +28,24 @@ REDUCTION_FLAGS = (
     "merge_weights",
 )
 # Keywords of the model that have a flag, and so cannot be given in --model-kwargs.
-KEYWORD_FLAGS = {"model_name": "--model", "img_size": "--input-size", "num_classes": "--nb-classes"}
+KEYWORD_FLAGS = {
+    "model_name": "--model",
+    "img_size": "--input-size",
+    "num_classes": "--nb-classes",
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+}
 KEYWORD_FLAGS |= {name: f"--{name.replace('_', '-')}" for name in REDUCTION_FLAGS}
 # The interval, ends included, that the values of flags must be in; infinity itself is refused.
 RANGES = {
     (1, math.inf): "batch_size epochs epoch_images accum_steps eval_interval print_freq "
     "keep_checkpoints",
     (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers "
-    "start_epoch warmup_epochs shrink_epochs shrink_start_epoch",
-    (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha",
-    (0, 0.999): "drop_path smoothing",
+    "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
+    (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
+    (0, 0.999): "drop drop_path smoothing",
     (1e-3, 1): "eval_crop_ratio",
-    (1e-9, math.inf): "distillation_tau",
+    (1e-9, math.inf): "clip_grad distillation_tau dist_timeout",
     (0, 2**63 - 1): "seed",
 }
 
@@ -152,7 +158,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--batch-size", type=int, default=64, help="images per process and step")
+    add("--batch-size", type=int, default=64, help="images per process and accumulation step")
     add("--epochs", type=int, default=300, help="passes over the training set")
     add("--epoch-images", type=int, metavar="N",
         help="end an epoch after so many images, drawn anew each time; default: all")
@@ -252,7 +258,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="write checkpoints within an epoch too: every 500 updates, or every 10m; 0: never")
     add("--keep-checkpoints", type=int, default=1,
         help="newest checkpoints to keep, beside the best")
-    add("--dist-timeout", type=float, default=30, help="minutes to wait for another process")
+    add("--dist-timeout", type=float, default=30,
+        help="minutes to wait for another process, and for what one of them prepares")
     group = parser.add_argument_group("what the model costs")
     add_switch(group, "--describe", default=False, help="print tokens and GMACs a block and stop")
     group.add_argument("--target-gmacs", type=float,

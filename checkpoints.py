@@ -203,6 +203,8 @@ def model_from_checkpoint(
         InputError: the checkpoint does not say how its model was made, does not fit it, or a
             keyword is out of range.
     """
+    if ema and not checkpoint:
+        raise InputError("--ema needs a checkpoint: random weights have no moving average")
     stored = dict(checkpoint.get("model_args") or {})
     model_args = stored | overrides
     if "model_name" not in model_args:
@@ -318,9 +320,11 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
     try:
         _check_schedule(checkpoint["args"], args, source)
         state.load_state_dict(checkpoint)
-        before = checkpoint["args"]["batch_size"] * checkpoint.get("world_size", get_world_size())
-        now = args.batch_size * get_world_size()
-        state.step = state.step * before // now // args.accum_steps * args.accum_steps
+        stored = checkpoint["args"]
+        before = (stored["batch_size"], checkpoint["world_size"], stored["accum_steps"])
+        now = (args.batch_size, get_world_size(), args.accum_steps)
+        images = state.step * before[0] * before[1]  # of the epoch that are done
+        state.step = images // (now[0] * now[1]) // args.accum_steps * args.accum_steps
         if state.epoch < 0 or state.step < 0:
             raise ValueError(f"epoch {state.epoch}, step {state.step}")
     except InputError:
@@ -332,11 +336,10 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
         fit_weights(state.ema.module, model_weights(checkpoint, ema=True), source)
     set_keep_rate(state, state.model.keep_rates)
     logger.info(f"resumed {source} at epoch {state.epoch}, step {state.step}")
-    before *= checkpoint["args"]["accum_steps"]
-    if before != now * args.accum_steps:
+    if before != now:
         logger.info(
-            f"the total batch was {before} images and is {now * args.accum_steps}; the learning "
-            "rates stay those of the interrupted run"
+            f"batch size, processes and gradient accumulation steps were {before} and are {now}: "
+            "the epoch goes on after as many images, the learning rates stay"
         )
 
 
@@ -481,10 +484,13 @@ class RunFolder:
     def _write(self, contents: dict, path: Path) -> None:
         write_atomically(path, lambda file: torch.save(contents | self.about, file))
 
-    def save_correct(self, correct: Tensor) -> None:
-        """Writes correct.npy: (images,) bool, which images the validated weights get right."""
+    def save_correct(self, correct: Tensor | None) -> None:
+        """Writes correct.npy: (images,) bool, which images the weights get right; None: unknown."""
         path = self.folder / "correct.npy"
-        write_atomically(path, lambda file: np.save(file, correct.numpy()))
+        if correct is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_atomically(path, lambda file: np.save(file, correct.numpy()))
 
     def close(self) -> None:
         """Closes the TensorBoard file; `log_epoch` has written all that there is to write."""

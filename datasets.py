@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
@@ -32,7 +32,6 @@ from inputs.images import (
     SMALL_INPUT,
     BadImageError,
     ResizeToCover,
-    ToNormalizedTensor,
     allow_posterize_to_black,
     cover_and_crop,
     image_size,
@@ -181,7 +180,8 @@ def build_transform(
     ratio = 1.0 if is_small else args.eval_crop_ratio
     if not 0 < ratio <= 1:
         raise InputError(f"eval_crop_ratio is {ratio}, allowed: above 0, up to 1")
-    return transforms.Compose([*cover_and_crop(size, ratio), ToNormalizedTensor()])
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return transforms.Compose([*cover_and_crop(size, ratio), transforms.ToTensor(), normalize])
 
 
 def _train_transform(
@@ -205,11 +205,11 @@ def _train_transform(
         reason = textwrap.shorten(f"{type(error).__name__} {error}", 300)
         raise InputError(f"timm refuses the augmentation {given}: {reason}") from error
     allow_posterize_to_black(transform)
-    steps = transform.transforms
-    normalize = [type(step) for step in steps].index(transforms.Normalize)
-    steps[normalize - 1 : normalize + 1] = [ToNormalizedTensor()]  # timm's two steps in one
     if simple_crop:
-        steps[:1] = [ResizeToCover(size), transforms.RandomCrop(size, padding=CROP_PADDING)]
+        transform.transforms[:1] = [
+            ResizeToCover(size),
+            transforms.RandomCrop(size, padding=CROP_PADDING),
+        ]
     return transform
 
 

@@ -148,11 +148,6 @@ def set_keep_rate(state: TrainState, keep_rates: Sequence[float]) -> None:
         state.ema.module.set_keep_rate(keep_rates)
 
 
-def num_training_steps(num_batches: int, accum_steps: int) -> int:
-    """Batches of an epoch that are used: whole updates only, but at least one."""
-    return max(accum_steps, num_batches // accum_steps * accum_steps) if num_batches else 0
-
-
 def _autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
 

@@ -31,6 +31,7 @@ from checkpoints import (
     build_model,
     load_checkpoint,
     model_from_checkpoint,
+    model_weights,
     restore,
     starting_point,
 )
@@ -41,7 +42,6 @@ from engine import (
     TrainOptions,
     TrainState,
     evaluate,
-    num_training_steps,
     set_keep_rate,
     shrunk_keep_rate,
     train_one_epoch,
@@ -169,7 +169,7 @@ def build_criterion(
         stored = checkpoint.get("model_args") or {}
         own = stored if stored.get("model_name") == args.teacher_model else {}
         teacher = model_from_checkpoint(
-            checkpoint | {"model_args": own},
+            {"model": model_weights(checkpoint), "model_args": own},
             source=f"teacher {args.teacher_path}",
             reducing=False,
             **{"num_classes": num_classes} | own | {"model_name": args.teacher_model},
@@ -188,11 +188,12 @@ def build_run_model(
 ) -> BATVisionTransformer:
     """The model of the run with its first weights, on the CPU."""
     seed_everything(args.seed)  # the same first weights in every process
+    is_finetuning = bool(args.finetune) and source == args.finetune
     model = model_from_checkpoint(
         checkpoint,
-        ema=args.ema,
+        ema=args.ema and (args.eval or is_finetuning),  # a resumed run goes on with both
         source=source,
-        new_head=bool(args.finetune) and source == args.finetune,
+        new_head=is_finetuning,
         **model_args | {"drop_rate": args.drop, "drop_path_rate": args.drop_path},
     )
     apply_target_gmacs(args.target_gmacs, model, model_args)
@@ -322,13 +323,20 @@ def validate(
     if folder is not None:
         if improved:
             folder.save_best(state)
-        if correct and get_world_size() == 1:
-            folder.save_correct(torch.cat(correct))
+        folder.save_correct(torch.cat(correct) if correct and get_world_size() == 1 else None)
     logger.info(f"Best Acc@1 so far: {state.best['test_acc1']:.3f}")
     return {f"{p}_{name}": value for p, result in results.items() for name, value in result.items()}
 
 
 # Training ---------------------------------------------------------------------------------------
+
+
+def save_checkpoint(state: TrainState, folder: RunFolder | None, device: torch.device) -> None:
+    """Writes a checkpoint while no process is behind it, and none runs ahead of it."""
+    barrier(device)
+    if folder is not None:
+        folder.save(state)
+    barrier(device)
 
 
 def train(
@@ -348,17 +356,12 @@ def train(
     stop_requested = StopRequest()
     schedule = CheckpointSchedule(args.checkpoint_interval)
     sampler = train_loader.sampler
-    num_steps = num_training_steps(sampler.epoch_length // args.batch_size, args.accum_steps)
-
-    def save(state: TrainState) -> None:
-        barrier(device)  # no process is behind the checkpoint, and none runs ahead of it
-        if folder is not None:
-            folder.save(state)
-        barrier(device)
+    num_updates = sampler.epoch_length // (args.batch_size * args.accum_steps)
+    num_steps = num_updates * args.accum_steps
 
     def save_if_due(state: TrainState) -> None:
         if schedule.due(state.updates, device):
-            save(state)
+            save_checkpoint(state, folder, device)
 
     begin = time.time()
     try:
@@ -378,15 +381,16 @@ def train(
                 after_update=save_if_due,
                 stop_requested=stop_requested,
             )
-            seconds = time.time() - epoch_begin
-            images = (num_steps - first_step) * args.batch_size * get_world_size()
             entry = {"epoch": epoch, **{f"train_{name}": result[name] for name in result}}
             entry["keep_rate"] = list(state.model.keep_rates)
+            seconds = time.time() - epoch_begin
+            images = (num_steps - first_step) * args.batch_size * get_world_size()
             entry |= {"images_per_second": images / seconds, "epoch_seconds": seconds}
             # Evaluate, at the keep rate that the epoch ends with
             if options.keep_rate_at is not None:
+                before = state.model.keep_rates
                 set_keep_rate(state, options.keep_rate_at(epoch + 1))
-                if args.compile:
+                if args.compile and state.model.keep_rates != before:
                     torch.compiler.reset()  # graphs of earlier keep rates are of no more use
             if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
                 entry |= validate(args, state, val_loader, device, folder, stop_requested)
@@ -395,9 +399,9 @@ def train(
             state.epoch, state.step, state.metrics = epoch + 1, 0, {}
             if folder is not None:
                 folder.log_epoch(entry)
-            save(state)
+            save_checkpoint(state, folder, device)
     except PreemptedError:
-        save(state)
+        save_checkpoint(state, folder, device)
         raise
     took = datetime.timedelta(seconds=int(time.time() - begin))
     logger.info(f"Training time {took}, best Acc@1 {state.best.get('test_acc1', math.nan):.3f}")
@@ -424,7 +428,8 @@ def start_state(
     total_batch = args.batch_size * args.accum_steps * get_world_size()
     peak_lr = max(state.scheduler.base_values)
     logger.info(f"total batch: {total_batch} images, peak learning rate: {peak_lr:.6g}")
-    return {"total_batch": total_batch, "peak_lr": peak_lr}
+    epochs = getattr(state.scheduler, "t_initial", args.epochs)
+    return {"total_batch": total_batch, "peak_lr": peak_lr, "schedule_epochs": epochs}
 
 
 # The command line -------------------------------------------------------------------------------
@@ -434,7 +439,11 @@ def run(args: argparse.Namespace) -> None:
     """Builds everything, then trains or evaluates."""
     # Start
     CheckpointSchedule(args.checkpoint_interval)  # refused before anything is built
-    source, checkpoint = starting_point(args)
+    if args.deterministic:
+        make_deterministic()
+    device = init_process(args.device, args.dist_timeout)
+    with in_turns(device):  # one process downloads what is not there
+        source, checkpoint = starting_point(args)
     is_finetuning = bool(source) and source == args.finetune
     stored = dict(checkpoint.get("model_args") or {})
     if is_finetuning:  # may have other classes than its source
@@ -445,9 +454,6 @@ def run(args: argparse.Namespace) -> None:
         apply_target_gmacs(args.target_gmacs, model, model_args)
         logger.info(describe(model))
         return
-    if args.deterministic:
-        make_deterministic()
-    device = init_process(args.device, args.dist_timeout)
     logger.info(f"device: {device}, autocast: {find_amp(args.amp, device)}")
     output_dir = check_writable(args.output_dir) if args.output_dir else None
 

@@ -329,7 +329,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OutputError:
         raise
-    except (OSError, RuntimeError) as problem:  # torch.save makes a RuntimeError of an OSError
+    except (OSError, RuntimeError) as problem:
+        if not isinstance(problem, OSError) and not isinstance(problem.__context__, OSError):
+            raise  # what torch.save makes of an OSError has it as its context
         reason = getattr(problem, "strerror", None) or str(problem).strip().partition("\n")[0]
         raise OutputError(f"cannot write {path}: {reason}") from problem
 

@@ -298,8 +298,6 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     """Checks the flags; builds the model, on its device, and the list of images to draw."""
     if args.num_images is not None and args.num_images < 1:
         raise InputError(f"--num-images must be at least 1, got {args.num_images}")
-    if args.ema and not args.checkpoint:
-        raise InputError("--ema needs --checkpoint")
     device = init_process(args.device)
     path = Path(args.data_path).expanduser()
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}

@@ -26,22 +26,18 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def gmacs_by_module(
-    model: nn.Module, img_size: tuple[int, int] | None = None, depth: int = 2
-) -> dict[str, float]:
+def gmacs_by_module(model: nn.Module) -> dict[str, float]:
     """Multiply-accumulates of one image's forward pass, by module.
 
     Args:
         model: a timm-style Vision Transformer on any device; it is not changed.
-        img_size: (height, width) in pixels; default: the size the model was built for.
-        depth: levels of nesting to report below the model itself.
 
     Returns:
-        GMACs by dotted module name; the key "" holds the total.
+        GMACs by dotted module name, down to the blocks; the key "" holds the total.
     """
     meta = copy.deepcopy(model).to("meta").eval()
-    image = torch.empty(1, meta.in_chans, *(img_size or meta.patch_embed.img_size), device="meta")
-    counter = FlopCounterMode(display=False, depth=depth)
+    image = torch.empty(1, meta.in_chans, *meta.patch_embed.img_size, device="meta")
+    counter = FlopCounterMode(display=False, depth=2)
     # The counter knows only some of the fused attention kernels, but every matrix product.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         meta(image)
@@ -55,9 +51,9 @@ def gmacs_by_module(
     return gmacs
 
 
-def count_gmacs(model: nn.Module, img_size: tuple[int, int] | None = None) -> float:
+def count_gmacs(model: nn.Module) -> float:
     """Multiply-accumulates of one image's forward pass, in 10^9; see `gmacs_by_module`."""
-    return gmacs_by_module(model, img_size)[""]
+    return gmacs_by_module(model)[""]
 
 
 def describe(model: BATVisionTransformer) -> str:

@@ -154,7 +154,7 @@ def merge_tokens(
     weights = weights.float()
     num_members = group_sums(torch.ones_like(weights), assignment, num_groups)  # (B, K)
     if normalize:
-        weights = _group_shares(weights, assignment, num_members)
+        weights = group_shares(weights, assignment, num_members)
     matrix = group_matrix(weights, assignment, num_groups)  # (B, K, N)
     merged = matmul_float32(matrix, x).to(x.dtype)  # (B, K, D)
 
@@ -165,9 +165,12 @@ def merge_tokens(
     return torch.where((num_members == 1).unsqueeze(-1), lone, merged)
 
 
-def _group_shares(weights: Tensor, assignment: Tensor, num_members: Tensor) -> Tensor:
-    """(B, N) weights divided by the sum of their group; equal shares where that sum is 0."""
-    token_group = assignment.clamp(min=0)  # a dropped token's is never used
+def group_shares(weights: Tensor, assignment: Tensor, num_members: Tensor) -> Tensor:
+    """(B, N) weights divided by the sum of their group; equal shares where that sum is 0.
+
+    `num_members` (B, K) counts the tokens of each group. A dropped token's share means nothing.
+    """
+    token_group = assignment.clamp(min=0)
     total = group_sums(weights, assignment, num_members.shape[1]).gather(1, token_group)  # (B, N)
     equal_share = 1 / num_members.gather(1, token_group).clamp(min=1)
     return torch.where(total == 0, equal_share, weights / torch.where(total == 0, 1.0, total))

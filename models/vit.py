@@ -258,9 +258,9 @@ class BATVisionTransformer(VisionTransformer):
             self.blocks[index].reduction = reduction
         self.reduction = reduction
 
-    def stages(self, num_patches: int | None = None) -> tuple[StageInfo, ...]:
-        """Describes every stage for images of `num_patches` patches (default: the model's own)."""
-        num_tokens = num_patches or self.patch_embed.num_patches
+    def stages(self) -> tuple[StageInfo, ...]:
+        """Describes every stage, for images of the model's own size."""
+        num_tokens = self.patch_embed.num_patches
         stages = []
         for index in self.reduction_loc:
             block = self.blocks[index]
@@ -279,9 +279,12 @@ class BATVisionTransformer(VisionTransformer):
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         sizes = None
         assignments = []
-        recompute = self.grad_checkpointing and not torch.jit.is_scripting()
         for block in self.blocks:
-            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            run = (
+                partial(checkpoint, block, use_reentrant=False)
+                if self.grad_checkpointing
+                else block
+            )
             if isinstance(block, BATBlock):
                 reduced = run(x, sizes)
                 x, sizes = reduced.tokens, reduced.sizes

@@ -3,6 +3,8 @@
 import argparse
 import os
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -11,6 +13,11 @@ from conftest import RUN_FLAGS, TINY, TINY_FLAGS, Run, RunMain, build_tiny, rand
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+import tools.common
+import tools.diversity
+import tools.sweep
+import tools.tokens
+import visualize_mask
 from checkpoints import (
     fit_weights,
     latest_checkpoint,
@@ -161,6 +168,8 @@ def test_interrupted_writing_leaves_the_old_file(
         assert os.listdir(tmp_path) == ["checkpoint.pth"], "no part of the new one stays"
     save(2)
     assert load_checkpoint(path) == {"epoch": 2}
+    with pytest.raises(RuntimeError, match="out of memory"):  # no failure to write
+        write_atomically(path, Mock(side_effect=RuntimeError("CUDA error: out of memory")))
 
 
 # Into models ------------------------------------------------------------------------------------
@@ -240,6 +249,22 @@ def test_positions_are_resampled_from_their_own_grid(
     model = model_from_checkpoint(load_checkpoint(tmp_path / "flat.pth"), img_size=new)
     old_grid, new_grid = ([length // 8 for length in size] for size in (old, new))
     expected = resample_abs_pos_embed(positions, new_size=new_grid, old_size=old_grid)
+    torch.testing.assert_close(model.pos_embed, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", [visualize_mask, tools.sweep, tools.diversity, tools.tokens])
+def test_every_script_resamples_from_the_positions_own_grid(
+    script: ModuleType, data_path: Path, tmp_path: Path
+) -> None:
+    positions = write_flat(tmp_path / "flat.pth", (32, 128))
+    expected = resample_abs_pos_embed(positions, new_size=(8, 32), old_size=(4, 16))
+    flags = ["--checkpoint", str(tmp_path / "flat.pth"), "--data-path", str(data_path)]
+    args = script.get_args_parser().parse_args([*flags, "--input-size", "64", "256"])
+    if script is visualize_mask:
+        model = script.prepare(args)[0].model
+    else:
+        own = argparse.Namespace(**vars(args) | {"keep_rate": None, "reduction": None})
+        model = tools.common.load_model(own, str(tmp_path / "flat.pth"), torch.device("cpu"))
     torch.testing.assert_close(model.pos_embed, expected, rtol=0, atol=1e-6)
 
 

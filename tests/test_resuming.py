@@ -93,6 +93,8 @@ def test_more_epochs_keep_the_schedule_and_say_so(
     done = call_main(*flags, "--output-dir", tmp_path)
     assert done.returncode == 0
     assert "--epochs was 4 and is 6; the learning rate schedule stays" in done.stdout
+    facts = json.loads((tmp_path / "args.json").read_text())
+    assert facts["args"]["epochs"] == 6 and facts["schedule_epochs"] == 4
     assert [entry["train_lr"] for entry in read_log(tmp_path)][1:] == [1e-5], "the lowest rate"
 
 
@@ -107,7 +109,7 @@ def test_another_batch_keeps_the_learning_rates_and_says_so(
     flags += ["--batch-size", "32", "--epochs", "3", "--resume", "auto"]
     done = call_main(*flags, "--output-dir", tmp_path)
     assert done.returncode == 0
-    assert "the total batch was 16 images and is 32; the learning rates stay" in done.stdout
+    assert "were (16, 1, 1) and are (32, 1, 1): the epoch goes on" in done.stdout
     assert f"total batch: 32 images, peak learning rate: {peak:.6g}" in done.stdout
     facts = json.loads((tmp_path / "args.json").read_text())
     assert facts["total_batch"] == 32 and facts["peak_lr"] == pytest.approx(peak)
@@ -205,3 +207,24 @@ def test_moving_average_is_evaluated(call_main: RunMain, trained: Run, data_path
     assert last["test_loss"] != last["test_ema_loss"]
     done = call_main(*trained.flags, "--resume", trained.folder / "checkpoint.pth", "--ema")
     assert done.returncode == 2 and "--ema goes with --eval or --finetune" in done.stderr
+    done = call_main("--eval", *trained.flags, "--ema")
+    assert done.returncode == 2 and "random weights have no moving average" in done.stderr
+
+
+def test_finetuning_the_moving_average_goes_on_with_its_own_weights(
+    call_main: RunMain, trained: Run, tmp_path: Path
+) -> None:
+    """--ema is about the source, not about the run's own checkpoint."""
+    best = trained.folder / "best.pth"
+    flags = [*trained.flags, "--finetune", best, "--ema", "--output-dir", tmp_path]
+    assert call_main(*flags, "--epochs", "1", "--lr", "0", "--min-lr", "0", "--warmup-lr", "0",
+                     "--weight-decay", "0", "--warmup-epochs", "0").returncode == 0  # fmt: skip
+    first, source = load_checkpoint(tmp_path / "checkpoint.pth"), load_checkpoint(best)
+    for name, value in source["model_ema"].items():
+        assert torch.equal(first["model"][name], value)
+    assert call_main(*flags, "--epochs", "1").returncode == 0
+    whole = load_checkpoint(tmp_path / "checkpoint.pth")
+    resumed = call_main(*flags, "--epochs", "1", "--resume", "auto")
+    assert resumed.returncode == 0 and "resumed" in resumed.stdout
+    again = load_checkpoint(tmp_path / "checkpoint.pth")
+    assert all(torch.equal(whole["model"][name], again["model"][name]) for name in whole["model"])

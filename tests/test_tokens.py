@@ -14,7 +14,7 @@ import models
 from models.reduction import ReducedTokens, merge_tokens
 from tools import tokens
 from tools.common import block_outputs
-from tools.tokens import follow_patches, group_shares, plot_patches
+from tools.tokens import follow_patches, plot_patches
 
 NUM_IMAGES, NUM_PATCHES, COLUMNS = 4, 24, 6
 IMAGES = draw_batch(NUM_IMAGES, 3, 32, 48)
@@ -39,17 +39,19 @@ def stages_of(model):
     with block_outputs(model) as outputs:
         model(IMAGES)
     outputs = [output for output in outputs if isinstance(output, ReducedTokens)]
-    return [
-        (output, group_shares(output.weights, output.assignment, output.sizes.shape[1]))
-        for output in outputs
-    ]
+    return [(output, shares_of(output.weights, output.assignment)) for output in outputs]
 
 
-def test_shares_of_groups():
-    assignment = torch.tensor([[0, 1, 0, -1, 2, 2]])
-    weights = torch.tensor([[1.0, 5.0, 3.0, 9.0, 0.0, 0.0]])
-    expected = torch.tensor([[0.25, 1.0, 0.75, 0.0, 0.5, 0.5]], dtype=torch.float64)
-    torch.testing.assert_close(group_shares(weights, assignment, 3), expected)
+def shares_of(weights, assignment):
+    """Each weight over the sum of its group, by a loop; equal ones where that is 0; 0: dropped."""
+    shares = torch.zeros(assignment.shape, dtype=torch.float64)
+    for image, groups in enumerate(assignment):
+        for group in groups.unique():
+            members = groups == group
+            own = weights[image, members].double()
+            own = own / own.sum() if own.sum() > 0 else torch.ones_like(own) / len(own)
+            shares[image, members] = 0 if group < 0 else own
+    return shares
 
 
 @pytest.mark.parametrize("reduction", models.REDUCTIONS)

@@ -81,8 +81,6 @@ def find_device(args: Namespace) -> torch.device:
 
 def load_model(args: Namespace, path: str, device: torch.device) -> BATVisionTransformer:
     """The model of a checkpoint ("": random weights) with what the flags change, to evaluate."""
-    if args.ema and not path:
-        raise InputError("--ema needs --checkpoint: random weights have no moving average")
     checkpoint = load_checkpoint(path) if path else {}
     seed_everything(args.seed)
     keywords = model_arguments(args, checkpoint.get("model_args"))

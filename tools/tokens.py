@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -25,7 +24,7 @@ from arguments import ArgumentParser
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import BATVisionTransformer
-from models.reduction import ReducedTokens, group_matrix
+from models.reduction import ReducedTokens, group_shares, group_sums
 from models.trace import PatchKind, trace_patches
 from tools import common
 from tools.figures import new_figure, save_figure, styled
@@ -52,24 +51,6 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return load_image(self.samples[index][0]), 0
-
-
-def group_shares(weights: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
-    """Weights of the tokens in their groups, divided by the groups' sums.
-
-    Args:
-        weights: (B, N) non-negative; a group whose weights sum to 0 counts as equal weights.
-        assignment: (B, N) int64 group in 0 .. K-1, or -1.
-        num_groups: groups K.
-
-    Returns:
-        (B, N) float64; the shares of a group sum to 1, and a dropped token has 0.
-    """
-    weights = weights.double()
-    matrix = group_matrix(weights, assignment, num_groups)  # (B, K, N)
-    equal = group_matrix(torch.ones_like(weights), assignment, num_groups)
-    matrix = torch.where(matrix.sum(dim=2, keepdim=True) > 0, matrix, equal)
-    return F.normalize(matrix, p=1, dim=2, eps=1e-300).sum(dim=1)
 
 
 @torch.no_grad()
@@ -100,7 +81,9 @@ def follow_patches(
     lost_at = torch.ones_like(token)
     final_weight = torch.ones(token.shape, dtype=torch.float64)
     for stage, (output, trace) in enumerate(zip(reduced, traces, strict=True), 1):
-        share = group_shares(output.weights, output.assignment, output.sizes.shape[1])
+        weights, num_tokens = output.weights.double(), output.sizes.shape[1]
+        num_members = group_sums(torch.ones_like(weights), output.assignment, num_tokens)
+        share = group_shares(weights, output.assignment, num_members)
         weight = _look_up(share, token).masked_fill(trace.group < 0, torch.nan)
         columns[f"stage{stage}_kind"] = KIND_NAMES[trace.kind.flatten().numpy()]
         columns[f"stage{stage}_group"] = _integers(trace.group, trace.group >= 0)
