@@ -66,7 +66,7 @@ def keep_global_state() -> Iterator[None]:
     """Puts back what running the program in this process changes."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    log_settings = LOGGER.level, LOGGER.propagate
+    level = LOGGER.level
     yield
     random.setstate(states[0])
     np.random.set_state(states[1])
@@ -74,12 +74,13 @@ def keep_global_state() -> Iterator[None]:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     _drop_log_handlers()
-    LOGGER.level, LOGGER.propagate = log_settings
+    LOGGER.level = level
 
 
 def _drop_log_handlers() -> None:
-    """The handler holds on to the standard output of its test."""
+    """The handler holds on to the standard output of its test; pytest adds its own without it."""
     LOGGER.handlers.clear()
+    LOGGER.propagate = True
 
 
 def build_tiny(**changes: object) -> nn.Module:

@@ -188,7 +188,7 @@ def test_moving_average_and_random_weights(tmp_path, flags):
 def test_bad_input(tmp_path, flags, capsys):
     for changes, words in (
         (["--num-images", "0"], "--num-images: must be at least 1"),
-        (["--ema", "--checkpoint", ""], "--ema needs --checkpoint"),
+        (["--ema", "--checkpoint", ""], "--ema needs a checkpoint"),
     ):
         assert words in refusal(capsys, diversity.main, [*flags, *changes])
     for path in (tmp_path / "val").glob("*/*.png"):

@@ -132,7 +132,7 @@ def test_disagreement_is_not_done(tmp_path: Path, capsys, monkeypatch) -> None:
     [
         (["--output", "model.txt"], "must end in .onnx or .pt2"),
         (["--output", "no/such/model.pt2"], "no such folder: no/such"),
-        (["--output", "m.pt2", "--ema"], "--ema needs --checkpoint"),
+        (["--output", "m.pt2", "--ema"], "--ema needs a checkpoint"),
         (["--output", "m.pt2", "--checkpoint", "no.pth"], "no such checkpoint: no.pth"),
         (["--output", "m.pt2", "--keep-rate", "2"], "keep_rate must be in (0, 1], got 2.0"),
         (["--output", "m.onnx"], "pip install onnxruntime"),
