@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 WIDTH = 3.5  # inches: half a page, a column
 STYLE = {
@@ -110,6 +111,7 @@ def plot_accuracy(rows: Sequence[dict] | pd.DataFrame) -> Figure:
     axes.set_xlabel("multiply-accumulates per image (GMACs)")
     axes.set_ylabel("Acc@1 (%)")
     axes.margins(x=0.08, y=0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     handles = [Line2D([], [], **style) for style in styles.values()]
     if len(line_styles) > 1:
         handles += [
