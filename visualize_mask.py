@@ -72,7 +72,7 @@ class LoadedModel(NamedTuple):
     classes: Sequence[str]  # names of the outputs; empty: random weights, which predict nothing
 
 
-class StagePanel(NamedTuple):
+class Panel(NamedTuple):
     title: str
     group: np.ndarray  # (N_0,) int64: the token that each patch sits in; -1: dropped
     kind: np.ndarray  # (N_0,) int64: PatchKind of that token
@@ -85,7 +85,7 @@ class Picture(NamedTuple):
     prediction: str  # the predicted class in words, or ""
     image: np.ndarray  # (H, W, 3) uint8, the pixels that the patches cover
     grid_size: tuple[int, int]
-    stages: Sequence[StagePanel]
+    stages: Sequence[Panel]
 
 
 def get_args_parser() -> ArgumentParser:
@@ -257,7 +257,7 @@ def draw_contact_sheet(pictures: Sequence[Picture], description: str) -> Figure:
     return draw_page(strips, titles, description, min(columns, len(strips)))
 
 
-def describe_tokens(stage: StagePanel) -> str:
+def describe_tokens(stage: Panel) -> str:
     """Counts a stage's tokens by kind, and the patches that were dropped by then."""
     counts = [np.unique(stage.group[stage.kind == kind]).size for kind in PatchKind]
     text = f"{counts[PatchKind.SINGLE]} of one patch"
@@ -277,7 +277,7 @@ def make_picture(loaded: LoadedModel, source: Source, image: Tensor) -> Picture:
     for stage, trace in zip(stages, trace_patches(assignments, stages), strict=True):
         place = f"stage {len(panels) + 1} (block {stage.block})"
         title = f"{place}: {stage.num_tokens} -> {stage.num_outputs} tokens"
-        panels.append(StagePanel(title, trace.group[0].cpu().numpy(), trace.kind[0].cpu().numpy()))
+        panels.append(Panel(title, trace.group[0].cpu().numpy(), trace.kind[0].cpu().numpy()))
     prediction = ""
     if loaded.classes:
         probability, index = logits[0].softmax(0).max(0)

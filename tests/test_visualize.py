@@ -13,7 +13,7 @@ import models  # noqa: F401 (registers the models)
 import visualize_mask
 from datasets import build_transform
 from models.trace import PatchKind, trace_patches
-from visualize_mask import BORDER_COLOURS, Picture, Source, StagePanel, draw_stage
+from visualize_mask import BORDER_COLOURS, Panel, Picture, Source, draw_stage
 
 DROPPED, SINGLE, PAIR, CLUSTER = (int(kind) for kind in PatchKind)
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
@@ -81,7 +81,7 @@ def make_picture(image, grid_size, num_stages, name="name.png"):
     for seed in range(num_stages):
         group = np.random.default_rng(seed).integers(-1, 6, grid_size[0] * grid_size[1])
         kinds = np.array([PAIR, PAIR, CLUSTER, CLUSTER, CLUSTER, SINGLE, DROPPED])
-        stages.append(StagePanel(f"stage {seed}", group, kinds[group]))
+        stages.append(Panel(f"stage {seed}", group, kinds[group]))
     return Picture(Source(name, "cat", None), "W" * 300, image, grid_size, stages)
 
 
@@ -120,7 +120,7 @@ def test_tokens_are_counted_by_kind():
     group = np.array([0, 0, 1, 2, 2, 3, 3, 4, -1, -1])
     kind = np.array([PAIR, PAIR, SINGLE, CLUSTER, CLUSTER, CLUSTER, CLUSTER, SINGLE, 0, 0])
     expected = "2 of one patch, 1 matched, 2 clustered; dropped patches: 2"
-    assert visualize_mask.describe_tokens(StagePanel("", group, kind)) == expected
+    assert visualize_mask.describe_tokens(Panel("", group, kind)) == expected
 
 
 @pytest.fixture

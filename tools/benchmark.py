@@ -32,7 +32,7 @@ from models.reduction import ReducedTokens
 from models.vit import BATBlock
 from tools import timing
 from tools.common import at_least
-from tools.timing import Run, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
+from tools.timing import Call, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, check_writable, init_process, run_script
 
 HELP = """Measures inference, training steps or the reduction stages of models with random weights,
@@ -190,7 +190,7 @@ def measure_training(
 
 def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, setting: Setting
-) -> Run:
+) -> Call:
     """A call that trains the model for one step on images (B, 3, height, width)."""
     targets = torch.arange(len(images), device=images.device) % model.num_classes
     scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.dtype == torch.float16)
@@ -221,7 +221,7 @@ STAGE_PROTOCOL = [
 ]
 
 
-class StageInputs(NamedTuple):
+class Recorded(NamedTuple):
     """What a forward pass gave to the stage of one block, and to the attention layer before it."""
 
     query: Tensor  # (B, H, 1, D / H) the class token's
@@ -231,9 +231,7 @@ class StageInputs(NamedTuple):
     normed: Tensor  # (B, L, D) tokens that entered the attention layer
 
 
-def record_stages(
-    model: BATVisionTransformer, images: Tensor, setting: Setting
-) -> list[StageInputs]:
+def record_stages(model: BATVisionTransformer, images: Tensor, setting: Setting) -> list[Recorded]:
     """Runs a forward pass (B, 3, height, width) and says what it gave to each stage."""
     seen: dict[nn.Module, tuple] = {}
 
@@ -255,11 +253,11 @@ def record_stages(
         x, sizes = seen[block]
         query, keys = seen[block.attn.q_norm][:, :, :1], seen[block.attn.k_norm]
         x = x + seen[block.drop_path1]
-        stages.append(StageInputs(query, keys, x, sizes, seen[block.norm1]))
+        stages.append(Recorded(query, keys, x, sizes, seen[block.norm1]))
     return stages
 
 
-def run_stage(block: BATBlock, inputs: StageInputs) -> ReducedTokens:
+def run_stage(block: BATBlock, inputs: Recorded) -> ReducedTokens:
     """A block's stage alone: the class token's attention row, the groups and the merging."""
     importance = class_token_importance(inputs.query, inputs.keys, block.attn.scale)
     return block.reduce(inputs.x, importance, inputs.sizes)

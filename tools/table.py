@@ -128,17 +128,17 @@ def make_table(folders: Sequence[Path], baseline: Path) -> pd.DataFrame:
     """
     wanted = dict.fromkeys(folder.resolve() for folder in [*folders, baseline])
     runs = [read_run(folder) for folder in wanted]
-    rival = next(run for run in runs if run.folder == baseline.resolve())
+    baseline_run = next(run for run in runs if run.folder == baseline.resolve())
     for run in runs:
-        sizes = run.last["test_num_images"], rival.last["test_num_images"]
-        if sizes[0] != sizes[1] or run.about["classes"] != rival.about["classes"]:
+        sizes = run.last["test_num_images"], baseline_run.last["test_num_images"]
+        if sizes[0] != sizes[1] or run.about["classes"] != baseline_run.about["classes"]:
             raise InputError(
-                f"{run.folder} and {rival.folder} have different validation sets: "
+                f"{run.folder} and {baseline_run.folder} have different validation sets: "
                 f"{sizes[0]} and {sizes[1]} images, or other classes"
             )
     groups = group_seeds(runs)
-    rivals = next(group for group in groups if any(run is rival for run in group))
-    return pd.DataFrame([table_row(group, rivals) for group in groups])
+    baselines = next(group for group in groups if any(run is baseline_run for run in group))
+    return pd.DataFrame([table_row(group, baselines) for group in groups])
 
 
 def to_markdown(table: pd.DataFrame) -> str:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from utils import git_hash, versions
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 
 
 class Setting(NamedTuple):
@@ -66,7 +66,7 @@ def compiled(function: Callable, setting: Setting) -> Callable:
     return begin
 
 
-def inference(function: Callable, setting: Setting, *inputs) -> Run:
+def inference(function: Callable, setting: Setting, *inputs) -> Call:
     """A call without arguments that runs the function on the inputs, without gradients."""
     function = compiled(function, setting)
 
@@ -78,7 +78,7 @@ def inference(function: Callable, setting: Setting, *inputs) -> Run:
 
 
 def time_rounds(
-    runs: Sequence[Run], setting: Setting, *, repetitions: int | None = None, calls: int = 1
+    runs: Sequence[Call], setting: Setting, *, repetitions: int | None = None, calls: int = 1
 ) -> np.ndarray:
     """Times every run once a round, in a round-robin that starts one further each round.
 
@@ -107,7 +107,7 @@ def median_ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
     return float(np.median(numerators / denominators))
 
 
-def peak_mebibytes(run: Run, setting: Setting, *, resident: int = 0) -> float:
+def peak_mebibytes(run: Call, setting: Setting, *, resident: int = 0) -> float:
     """Memory that a run needs at its worst moment, in MiB.
 
     On CUDA the caching allocator counts; on a CPU the allocations of PyTorch's CPU allocator that
