@@ -268,7 +268,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def get_args_parser() -> ArgumentParser:
-    """The parser of `main.py`."""
     parser = ArgumentParser(
         prog="main.py", description="Train and evaluate token-reducing Vision Transformers."
     )

@@ -231,11 +231,8 @@ def train_one_epoch(
         if after_update is not None:
             after_update(state)
     next(batches, None)  # the last progress line
-    return {
-        "loss": metrics.meters["loss"].global_avg,
-        "lr": metrics.meters["lr"].global_avg,
-        "bad_images": metrics.meters["bad_images"].total,
-    }
+    means = {name: metrics.meters[name].global_avg for name in ("loss", "lr")}
+    return means | {"bad_images": metrics.meters["bad_images"].total}
 
 
 def _shrink(state: TrainState, options: TrainOptions, step: int, num_steps: int) -> None:

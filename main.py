@@ -11,6 +11,7 @@ import datetime
 import math
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -339,6 +340,24 @@ def save_checkpoint(state: TrainState, folder: RunFolder | None, device: torch.d
     barrier(device)
 
 
+def change_keep_rate(state: TrainState, keep_rates: Sequence[float], *, compiled: bool) -> None:
+    """Sets the keep rates; graphs that were compiled for others are of no more use."""
+    if compiled and state.model.keep_rates != tuple(keep_rates):
+        torch.compiler.reset()
+    set_keep_rate(state, keep_rates)
+
+
+def epoch_entry(state: TrainState, result: dict, num_images: int, seconds: float) -> dict:
+    """What log.txt says of the training of an epoch."""
+    return {
+        "epoch": state.epoch,
+        **{f"train_{name}": value for name, value in result.items()},
+        "keep_rate": list(state.model.keep_rates),
+        "images_per_second": num_images / seconds,
+        "epoch_seconds": seconds,
+    }
+
+
 def train(
     args: argparse.Namespace,
     state: TrainState,
@@ -381,17 +400,11 @@ def train(
                 after_update=save_if_due,
                 stop_requested=stop_requested,
             )
-            entry = {"epoch": epoch, **{f"train_{name}": result[name] for name in result}}
-            entry["keep_rate"] = list(state.model.keep_rates)
-            seconds = time.time() - epoch_begin
             images = (num_steps - first_step) * args.batch_size * get_world_size()
-            entry |= {"images_per_second": images / seconds, "epoch_seconds": seconds}
+            entry = epoch_entry(state, result, images, time.time() - epoch_begin)
             # Evaluate, at the keep rate that the epoch ends with
             if options.keep_rate_at is not None:
-                before = state.model.keep_rates
-                set_keep_rate(state, options.keep_rate_at(epoch + 1))
-                if args.compile and state.model.keep_rates != before:
-                    torch.compiler.reset()  # graphs of earlier keep rates are of no more use
+                change_keep_rate(state, options.keep_rate_at(epoch + 1), compiled=args.compile)
             if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
                 entry |= validate(args, state, val_loader, device, folder, stop_requested)
             # Log and save
@@ -495,7 +508,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
     setup_logging()
     parser = get_args_parser()
     args = parser.parse_args(argv)

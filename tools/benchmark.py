@@ -313,7 +313,6 @@ def _size(text: str) -> tuple[int, int]:
 
 # fmt: off
 def get_args_parser() -> ArgumentParser:
-    """The parser of this script."""
     parser = ArgumentParser(
         prog="python -m tools.benchmark", description=HELP, conflict_handler="resolve"
     )
@@ -399,7 +398,6 @@ def run(args: Namespace, command: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "tools.benchmark", *argv])
     return run_script(get_args_parser(), partial(run, command=command), argv)

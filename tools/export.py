@@ -122,7 +122,6 @@ def compare(
 
 
 def get_args_parser() -> ArgumentParser:
-    """The parser of this script."""
     parser = ArgumentParser(prog="python -m tools.export", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     group = parser.add_argument_group("export")
@@ -169,7 +168,6 @@ def run(args: Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
     return run_script(get_args_parser(), run, argv)
 
 

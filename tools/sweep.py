@@ -452,7 +452,6 @@ def run(args: Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: saves before it ends
     try:
         return run_script(get_args_parser(), run, argv)

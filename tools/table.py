@@ -151,7 +151,6 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def get_args_parser() -> ArgumentParser:
-    """The parser of this script."""
     parser = ArgumentParser(prog="python -m tools.table", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
@@ -177,7 +176,6 @@ def run(args: Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
     return run_script(get_args_parser(), run, argv)
 
 

@@ -193,7 +193,6 @@ def run(args: Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
     return run_script(get_args_parser(), run, argv)
 
 
