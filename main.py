@@ -228,6 +228,8 @@ def build_state(
     except (AssertionError, RuntimeError, TypeError, ValueError) as problem:
         options = f"--opt {args.opt} --sched {args.sched}"
         raise InputError(f"timm refuses {options}: {problem}") from problem
+    if scheduler is None:  # what timm makes of an unknown name
+        raise InputError(f"unknown --sched {args.sched}")
     ema = None
     if args.model_ema:
         ema_device = torch.device("cpu") if args.model_ema_force_cpu else None

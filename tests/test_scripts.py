@@ -64,7 +64,7 @@ def test_torchrun_starts_anew_without_the_old_store(tmp_path):
 def test_the_study_has_its_runs(tmp_path, size, count):
     (tmp_path / "out/runs/dense").mkdir(parents=True)
     (tmp_path / "out/runs/dense/checkpoint.pth").touch()  # of a run that was stopped
-    commands = run_script(tmp_path, "study_cifar10.sh", SIZE=size)
+    commands = run_script(tmp_path, "study_cifar10.sh", SIZE=size, JOBS=1)  # one line at a time
     runs = [parse(words) for words in commands if "main.py" in words]
     assert len({args.output_dir for args in runs}) == len(runs) == count
     tools = {word for words in commands for word in words if word.startswith("tools.")}
