@@ -432,10 +432,11 @@ def start_state(
     """Puts the state where the run begins; returns the facts about it for args.json."""
     if source:
         restore(state, checkpoint, source, args)
-        if state.step * args.batch_size > train_loader.sampler.epoch_length:
+        num_done, length = state.step * args.batch_size, train_loader.sampler.epoch_length
+        if num_done > length:
             raise InputError(
-                f"{source} stopped after {state.step * args.batch_size} images of an epoch, and "
-                f"--epoch-images {args.epoch_images} ends it earlier"
+                f"{source} stopped after {num_done} images of an epoch that now has {length} in "
+                f"each process (--epoch-images {args.epoch_images or 'not given'})"
             )
     elif args.start_epoch > 0:
         state.epoch = args.start_epoch
