@@ -39,7 +39,7 @@ KEYWORD_FLAGS |= {name: f"--{name.replace('_', '-')}" for name in REDUCTION_FLAG
 # The interval, ends included, that the values of flags must be in; infinity itself is refused.
 RANGES = {
     (1, math.inf): "batch_size epochs epoch_images accum_steps eval_interval print_freq "
-    "keep_checkpoints",
+    "keep_checkpoints max_image_pixels",
     (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers "
     "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
     (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
@@ -152,6 +152,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--download", default=False, help="let torchvision download the data set")
     add("--bad-images", choices=("error", "skip"), default="error",
         help="an unreadable image ends the run with its path, or is replaced and counted")
+    add("--max-image-pixels", type=int, default=89_000_000, metavar="N",
+        help="larger images count as unreadable, before they are decoded; the default is 1/4 GiB "
+        "of RGB, and 178956970 is as far as Pillow goes")
     add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
 
 

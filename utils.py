@@ -362,7 +362,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def check_writable(folder: str | Path) -> Path:
     """Makes an output folder; InputError when nothing can be written there."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))  # pathlib's raises for an unknown user
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
