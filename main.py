@@ -260,13 +260,22 @@ def train_options(
     )
 
 
-def wrap_model(model: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
-    """The model to call in training: compiled, and with gradients shared among processes."""
-    if compiled:
+def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The model to call in training: compiled, and with gradients shared among processes.
+
+    The order in which gradients are summed follows from the buckets that they are in, and these are
+    made anew once, after the first backward pass. An empty one comes first, so that a resumed run
+    sums in the order of an undisturbed one.
+    """
+    wrapped = model
+    if get_world_size() > 1:
+        wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        image = torch.zeros(1, model.in_chans, *model.patch_embed.img_size, device=device)
+        (0 * wrapped(image).sum()).backward()
+        model.zero_grad()
+    if compiled:  # after the pass above, whose one image would need a graph of its own
         model.compile(dynamic=False)
-    if get_world_size() == 1:
-        return model
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    return wrapped
 
 
 # Evaluating -------------------------------------------------------------------------------------
