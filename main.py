@@ -57,6 +57,7 @@ from utils import (
     OutputError,
     StopRequest,
     barrier,
+    check_agreement,
     check_writable,
     end_workers,
     find_amp,
@@ -81,6 +82,18 @@ REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
 
 
 # Building ---------------------------------------------------------------------------------------
+
+
+def find_start(args: argparse.Namespace, device: torch.device) -> tuple[str, dict]:
+    """Path and contents of the checkpoint that all processes start from; "" and {} for none."""
+    with in_turns(device):  # one process downloads what is not there
+        source, checkpoint = starting_point(args)
+    found = "no checkpoint"
+    if source:
+        found = f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('step')}"
+    place = args.output_dir if args.resume == "auto" else source
+    check_agreement(found, f"{place} must be on a file system that all nodes share")
+    return source, checkpoint
 
 
 def build_datasets(
@@ -467,8 +480,7 @@ def run(args: argparse.Namespace) -> None:
     if args.deterministic:
         make_deterministic()
     device = init_process(args.device, args.dist_timeout)
-    with in_turns(device):  # one process downloads what is not there
-        source, checkpoint = starting_point(args)
+    source, checkpoint = find_start(args, device)
     is_finetuning = bool(source) and source == args.finetune
     stored = dict(checkpoint.get("model_args") or {})
     if is_finetuning:  # may have other classes than its source
