@@ -50,6 +50,7 @@ from engine import (
 from inputs.cache import CachedLoader, build_cached_loader
 from losses import DistillationLoss
 from models import BATVisionTransformer, count_gmacs, count_parameters, describe, find_keep_rate
+from models.reduction import AssignmentError
 from samplers import EvalSampler, TrainSampler
 from utils import (
     AMP_DTYPES,
@@ -539,7 +540,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
         return 0
-    except InputError as problem:
+    except (InputError, AssignmentError) as problem:
         parser.error(str(problem))
     except DivergenceError as problem:
         code, message = EXIT_DIVERGED, f"stopped: {problem}"
