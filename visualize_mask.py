@@ -11,7 +11,7 @@ import math
 import random
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
@@ -23,11 +23,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from scipy import ndimage
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from arguments import ArgumentParser, add_data_arguments, add_model_arguments, model_arguments
+from arguments import (
+    ArgumentParser,
+    add_data_arguments,
+    add_model_arguments,
+    data_config,
+    model_arguments,
+)
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
 from inputs.images import BadImageError, list_images, load_image
@@ -70,6 +75,7 @@ class LoadedModel(NamedTuple):
     model: BATVisionTransformer
     description: str
     classes: Sequence[str]  # names of the outputs; empty: random weights, which predict nothing
+    data_config: Mapping[str, object]  # of its inputs, as `arguments.data_config` gives it
 
 
 class Panel(NamedTuple):
@@ -284,13 +290,15 @@ def make_picture(loaded: LoadedModel, source: Source, image: Tensor) -> Picture:
         prediction = f"predicted ({probability:.0%}): {loaded.classes[index]}"
     grid_size, patch_size = model.patch_embed.grid_size, model.patch_embed.patch_size
     height, width = np.multiply(grid_size, patch_size)
-    return Picture(source, prediction, denormalize(image)[:height, :width], grid_size, panels)
+    mean, std = loaded.data_config["mean"], loaded.data_config["std"]
+    pixels = denormalize(image, mean, std)[:height, :width]
+    return Picture(source, prediction, pixels, grid_size, panels)
 
 
-def denormalize(image: Tensor) -> np.ndarray:
-    """Turns a (3, H, W) image with ImageNet's normalisation into (H, W, 3) uint8 pixels."""
-    pixels = image.permute(1, 2, 0) * torch.tensor(IMAGENET_DEFAULT_STD)  # (H, W, 3)
-    pixels = (pixels + torch.tensor(IMAGENET_DEFAULT_MEAN)).clamp(0, 1) * 255
+def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Turns a (3, H, W) image that was normalised into (H, W, 3) uint8 pixels."""
+    pixels = image.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # (H, W, 3)
+    pixels = pixels.clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).contiguous().numpy()
 
 
@@ -303,8 +311,9 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))
     classes = checkpoint.get("classes") or []
+    config = data_config(args, model_args["img_size"], checkpoint.get("data_config") or {})
     if args.data_set:
-        dataset, num_classes = build_dataset(False, args, model_args["img_size"])
+        dataset, num_classes = build_dataset(False, args, config)
         classes = classes or dataset.classes
         true_classes = [dataset.classes[target] for target in dataset.targets]
         names = [f"{name}_{index:05d}" for index, name in enumerate(true_classes)]
@@ -326,7 +335,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     description = f"{model_args['model_name']}, {model.reduction}, keep rate {rates}, {origin}"
     if len(classes) != model.num_classes:
         classes = [f"class {index}" for index in range(model.num_classes)]
-    loaded = LoadedModel(model.to(device), description, classes if checkpoint else [])
+    loaded = LoadedModel(model.to(device), description, classes if checkpoint else [], config)
 
     sources = [Source(*fields) for fields in zip(names, true_classes, readers, strict=True)]
     if args.shuffle:
@@ -340,7 +349,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
 def run(args: Namespace) -> int:
     """Draws every image and the contact sheet; gives 1 if an image was unreadable, else 0."""
     loaded, sources = prepare(args)
-    transform = build_transform(False, args, loaded.model.patch_embed.img_size)
+    transform = build_transform(False, args, loaded.data_config)
     output_dir = check_writable(args.output_dir)
 
     def save(figure: Figure, name: str) -> None:

@@ -231,6 +231,22 @@ def test_shrinking_keep_rate_ends_at_its_value(
     assert tuple(saved["model_args"]["keep_rate"]) == (0.4, 0.6)
 
 
+def test_best_is_of_the_final_keep_rate(
+    call_main: RunMain, data_path: Path, tmp_path: Path
+) -> None:
+    """Epochs at a higher keep rate do not compete, however good they are."""
+    shrink = ["--shrink-epochs", "0", "--shrink-start-epoch", "2", "--keep-rate", "0.3"]
+    base = [*train_flags(data_path, *PLAIN_FLAGS), "--output-dir", tmp_path, *shrink]
+    assert call_main(*base, "--epochs", "4", "--lr", "0").returncode == 0  # every epoch alike
+    entries = read_log(tmp_path)
+    assert [entry["keep_rate"] for entry in entries] == [[1, 1], [0.3, 0.3], [0.3, 0.3], [0.3, 0.3]]
+    saved = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert saved["epoch"] == 1 and saved["best"]["test_acc1"] == entries[1]["test_acc1"]
+    again = call_main("--eval", "--resume", tmp_path / "best.pth", *RUN_FLAGS, "--data-path",
+                      data_path)  # fmt: skip
+    assert f"Acc@1 {entries[1]['test_acc1']:.3f}" in again.stdout
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(
     call_main: RunMain, trained: Run, data_path: Path, tmp_path: Path, kind: str

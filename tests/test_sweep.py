@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import VAL_IMAGES
-from data_helpers import dataset_args
+from data_helpers import config_of, dataset_args
 from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 from torch.utils.data import DataLoader
 
@@ -99,7 +99,8 @@ def single(root, flags):
 @pytest.fixture(scope="module")
 def evaluated(data_path):
     """`evaluated(model)`: its accuracies and loss, in an evaluation of its own."""
-    loader = DataLoader(build_dataset(False, dataset_args(data_path), 32)[0], batch_size=5)
+    args = dataset_args(data_path)
+    loader = DataLoader(build_dataset(False, args, config_of(args, 32))[0], batch_size=5)
     return lambda model: evaluate(loader, model, torch.device("cpu"), print_freq=100)
 
 

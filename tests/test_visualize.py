@@ -1,12 +1,12 @@
 """The script that draws the pictures, and its pictures by their pixels."""
 
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from data_helpers import config_of, dataset_args
 from PIL import Image
 
 import models  # noqa: F401 (registers the models)
@@ -23,7 +23,8 @@ MODEL_FLAGS = [
     "--model", MODEL_ARGS["model_name"], "--input-size", "32", "48", "--reduction-loc", "1", "2",
     "--model-kwargs", *(f"{name}={value}" for name, value in SHAPE.items()),
 ]  # fmt: skip
-TRANSFORM = build_transform(False, SimpleNamespace(eval_crop_ratio=0.875), (32, 48))
+CONFIG = config_of(dataset_args(""), (32, 48))
+TRANSFORM = build_transform(False, dataset_args(""), CONFIG)
 
 
 def random_image(height, width, seed=0):
@@ -165,7 +166,7 @@ def test_script_draws_what_the_checkpoint_assigns(photos, tmp_path, reduction, c
     assert "2 of 3 images" in capsys.readouterr().out
     for source, name in zip(("cat/a.png", "cat/b.jpg"), names, strict=False):
         tensor = TRANSFORM(Image.open(photos / source).convert("RGB"))
-        image = visualize_mask.denormalize(tensor)
+        image = visualize_mask.denormalize(tensor, CONFIG["mean"], CONFIG["std"])
         with torch.no_grad():
             _, assignments = model.forward_with_assignments(tensor[None])
         panels = [image.repeat(7, axis=0).repeat(7, axis=1)]  # 7 x 48 >= 300
@@ -207,7 +208,7 @@ def test_titles_name_model_weights_and_classes(photos, tmp_path):
 
 def test_pixels_that_no_patch_covers_are_cut_off():
     model = timm.create_model(**MODEL_ARGS | {"img_size": (37, 52)}, num_classes=2)
-    loaded = visualize_mask.LoadedModel(model.eval(), "", ("class 0", "class 1"))
+    loaded = visualize_mask.LoadedModel(model.eval(), "", ("class 0", "class 1"), CONFIG)
     picture = visualize_mask.make_picture(loaded, Source("", "", None), torch.zeros(3, 37, 52))
     assert picture.image.shape == (32, 48, 3)
     assert picture.prediction.endswith(("class 0", "class 1"))
@@ -237,9 +238,10 @@ def test_a_list_an_image_a_data_set_and_a_random_choice(photos, tmp_path, monkey
 
 def test_pixels_survive_normalisation():
     image = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, axis=2)
-    args = SimpleNamespace(eval_crop_ratio=1.0)
-    tensor = build_transform(False, args, (16, 16))(Image.fromarray(image))
-    np.testing.assert_array_equal(visualize_mask.denormalize(tensor), image)
+    config = CONFIG | {"input_size": 16, "crop_pct": 1.0, "mean": (0.1, 0.5, 0.7)}
+    tensor = build_transform(False, dataset_args(""), config)(Image.fromarray(image))
+    pixels = visualize_mask.denormalize(tensor, config["mean"], config["std"])
+    np.testing.assert_array_equal(pixels, image)
 
 
 @pytest.mark.parametrize("kind", ["folder", "list", "data set"])

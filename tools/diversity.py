@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from arguments import ArgumentParser
+from arguments import ArgumentParser, data_config
 from datasets import build_dataset
 from models import BATVisionTransformer
 from models.reduction import ReducedTokens
@@ -206,7 +206,8 @@ def get_args_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
     model = common.load_model(args, args.checkpoint, common.find_device(args))
-    dataset, _ = build_dataset(False, args, model.patch_embed.img_size)
+    config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
+    dataset, _ = build_dataset(False, args, config)
     stem = check_writable(args.output_dir) / "diversity"
     count = min(args.num_images, len(dataset))
     indices = [number * len(dataset) // count for number in range(count)]

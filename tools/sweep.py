@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from arguments import AMP_CHOICES, ArgumentParser
+from arguments import AMP_CHOICES, ArgumentParser, data_config
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
@@ -190,7 +190,7 @@ def sweep_settings(
         "data_path": args.data_path,
         "data_files": digest_dataset(dataset),
         "input_size": dataset.image_size,
-        "eval_crop_ratio": args.eval_crop_ratio,
+        **dataset.data_config,
         "bad_images": args.bad_images,
         "batch_size": args.batch_size,
         "ema": args.ema,
@@ -404,10 +404,11 @@ def load_inputs(args: Namespace) -> tuple[dict[str, BATVisionTransformer], Sampl
     """The models by the label of their checkpoint, and the validation set that fits them all."""
     device = common.find_device(args)
     models = [common.load_model(args, path, device) for path in args.checkpoint]
-    sizes = {model.patch_embed.img_size for model in models}
-    if len(sizes) > 1:
-        raise InputError(f"the checkpoints must share one input size, got {sorted(sizes)}")
-    dataset, num_classes = build_dataset(False, args, *sizes)
+    configs = [data_config(args, m.patch_embed.img_size, m.pretrained_cfg) for m in models]
+    for config in configs:
+        if config != configs[0]:
+            raise InputError(f"the checkpoints need other inputs each: {configs[0]} and {config}")
+    dataset, num_classes = build_dataset(False, args, configs[0])
     for path, model in zip(args.checkpoint, models, strict=True):
         if model.num_classes != num_classes:
             raise InputError(

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from arguments import ArgumentParser
+from arguments import ArgumentParser, data_config
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import BATVisionTransformer
@@ -175,11 +175,9 @@ def run(args: Namespace) -> int:
     names = [str(path.relative_to(root)) if root.is_dir() else path.name for path in files]
     device = common.find_device(args)
     model = common.load_model(args, args.checkpoint, device)
-    img_size = model.patch_embed.img_size
-    transform = build_transform(False, args, img_size)
-    dataset = SampleDataset(
-        ImageFiles(files), transform, image_size=img_size, bad_images=args.bad_images
-    )
+    config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
+    transform = build_transform(False, args, config)
+    dataset = SampleDataset(ImageFiles(files), transform, config, bad_images=args.bad_images)
     stem = check_writable(args.output_dir) / "tokens"
     bad: list[int] = []
     table = pd.concat(
