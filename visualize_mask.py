@@ -2,7 +2,8 @@
 
 One PNG an image: the image as the model sees it, then one panel a stage. A token that stands for
 one patch shows the patch's pixels; a merged token shows its mean colour, with a border that says
-how it was made; dropped patches are hatched. `contact_sheet.png` shows all images together.
+how it was made; dropped patches are hatched. Blocks are counted from 0. `contact_sheet.png` shows
+all images together.
 
     python visualize_mask.py --checkpoint output/demo/best.pth --data-path FOLDER --output-dir pics
 """
@@ -52,7 +53,7 @@ BORDER_COLOURS = {  # the colour-blind can tell them apart too
     PatchKind.MIXED: (0, 255, 200),
 }
 KIND_LABELS = {
-    PatchKind.SINGLE: "one patch: its own pixels",
+    PatchKind.SINGLE: "single patch: its pixels",
     PatchKind.PAIR: "matched: mean colour",
     PatchKind.CLUSTER: "clustered: mean colour",
     PatchKind.MIXED: "mixed (both): mean colour",
@@ -102,7 +103,7 @@ class Picture(NamedTuple):
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="visualize_mask.py",
-        description=__doc__.split("\n\n")[0],
+        description=__doc__.rpartition("\n\n")[0],
         conflict_handler="resolve",  # --data-path means more here
     )
     add_model_arguments(parser)
@@ -291,7 +292,7 @@ def draw_contact_sheet(pictures: Sequence[Picture], description: str) -> Figure:
 def describe_tokens(stage: Panel) -> str:
     """Counts a stage's tokens by kind, and the patches that were dropped by then."""
     counts = [np.unique(stage.group[stage.kind == kind]).size for kind in PatchKind]
-    text = f"{counts[PatchKind.SINGLE]} of one patch"
+    text = f"{counts[PatchKind.SINGLE]} single"
     words = {PatchKind.PAIR: "matched", PatchKind.CLUSTER: "clustered", PatchKind.MIXED: "mixed"}
     for kind, word in words.items():
         text += f", {counts[kind]} {word}" if counts[kind] else ""

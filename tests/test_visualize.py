@@ -156,7 +156,7 @@ def test_tokens_are_counted_by_kind():
     group = np.array([0, 0, 1, 2, 2, 3, 3, 4, -1, -1, 5, 5])
     kind = [PAIR, PAIR, SINGLE, CLUSTER, CLUSTER, CLUSTER, CLUSTER, SINGLE, 0, 0, MIXED, MIXED]
     kind = np.array(kind)
-    expected = "2 of one patch, 1 matched, 2 clustered, 1 mixed; dropped patches: 2"
+    expected = "2 single, 1 matched, 2 clustered, 1 mixed; dropped patches: 2"
     assert visualize_mask.describe_tokens(Panel("", group, kind)) == expected
 
 

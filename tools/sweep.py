@@ -397,7 +397,7 @@ def get_args_parser() -> ArgumentParser:
     parser, add = common.comparison_parser("sweep", HELP, batch_size=64)
     parser.set_defaults(reductions=["topk", "evit", "bat"], keep_rate=None)
     # fmt: off
-    add("--checkpoint", nargs="+", required=True, help="files of main.py")
+    add("--checkpoint", nargs="+", required=True, help="checkpoints of main.py")
     add("--keep-rate", "--base-keep-rate", dest="keep_rates", type=_rate, nargs="+",
         default=[1.0, 0.7, 0.5, 0.3], metavar="RATE",
         help="keep rates of all stages, in (0, 1]; 1 is the dense model")
@@ -406,7 +406,7 @@ def get_args_parser() -> ArgumentParser:
         "checkpoints best:bat@0.5; may be given again")
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
     add("--save-every", type=common.at_least(1), default=20, metavar="N",
-        help="batches between savings")
+        help="batches between two writings of predictions.npz")
     # fmt: on
     add("--restart", action="store_true", help="replace an earlier sweep")
     return parser

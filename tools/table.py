@@ -2,8 +2,10 @@
 
     python -m tools.table output/runs/* --baseline output/runs/evit_keep0.5
 
-Runs that differ in their random seed alone make one row. The table goes to standard output as
-Markdown; --output-dir also writes table.md, table.csv, accuracy.png and accuracy.pdf.
+Runs that differ in their random seed alone make one row: acc1 is the mean of theirs, acc1_std the
+standard deviation, difference what acc1 is above the baseline's, in points, and standard_error that
+of the difference over the images. The table goes to standard output as Markdown; --output-dir also
+writes table.md, table.csv, accuracy.png and accuracy.pdf.
 """
 
 import inspect
@@ -152,11 +154,13 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m tools.table", description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(
+        prog="python -m tools.table", description="\n\n".join(__doc__.split("\n\n")[::2])
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
-    add("--baseline", type=Path, required=True, metavar="RUN", help="what to subtract from each")
-    add("--output-dir", default="", help="where to write table and figure; empty: nowhere")
+    add("--baseline", type=Path, required=True, metavar="RUN", help="run to subtract from each")
+    add("--output-dir", default="", help="where to write table and figure; default: nowhere")
     return parser
 
 
