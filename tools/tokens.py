@@ -32,11 +32,12 @@ from utils import check_writable, run_script
 
 HELP = """Says for every patch of every image what became of it. tokens.csv has a row a patch, with
 lost_at, the first stage (from 1) after which no token stands for the patch alone, and for each
-stage: the kind of token that the patch is in afterwards (single, pair, cluster, dropped), the
-number of that token, the importance that the patch's token had before, and that token's weight in
-the one it went into; final_weight is the product of the weights: with what share the patch is in
-final_token; these shares sum to 1 over the patches of a final token. For evit's fused token, a sum,
-weights are importances divided by their sum. tokens.png and .pdf show the means over the images."""
+stage: the kind of token that the patch is in afterwards (single; pair and cluster by how it was
+merged; mixed after both; dropped), the number of that token, the importance that the patch's token
+had before, and that token's weight in the one it went into; final_weight is the product of the
+weights: with what share the patch is in final_token; these shares sum to 1 over the patches of a
+final token. For evit's fused token, a sum, weights are importances divided by their sum. Writes
+tokens.csv, and tokens.png and .pdf with the means over the images; blocks are counted from 0."""
 KIND_NAMES = np.array([kind.name.lower() for kind in PatchKind])
 
 
