@@ -7,7 +7,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -205,6 +205,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--download", default=False, help="let torchvision download the data set")
     add("--bad-images", choices=("error", "skip"), default="error",
         help="an unreadable image ends the run with its path, or is replaced and counted")
+    add_image_arguments(add)
+
+
+def add_image_arguments(add: Callable) -> None:
+    """Adds the flags that say how an image becomes the model's input; `add` is add_argument."""
     add("--eval-crop-ratio", type=float,
         help=f"crop of the resized image, in (0, 1]; default: the checkpoint's, or {DEFAULT_CROP}")
     for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):

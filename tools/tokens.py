@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from arguments import ArgumentParser, data_config
+from arguments import ArgumentParser, add_image_arguments, data_config
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import BATVisionTransformer
@@ -160,7 +160,7 @@ def get_args_parser() -> ArgumentParser:
     # fmt: off
     add("--data-path", required=True,
         help="an image, a folder of images (searched recursively), or a text file of paths")
-    add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
+    add_image_arguments(add)
     add("--bad-images", choices=("error", "skip"), default="skip",
         help="an unreadable image ends the run, or is left out and named")
     add("--num-images", type=common.at_least(1), metavar="N",
