@@ -64,7 +64,7 @@ ANSWERS = {
 }
 # The interval, ends included, that the values of flags must be in; infinity itself is refused.
 RANGES = {
-    (1, math.inf): "batch_size epoch_images accum_steps eval_interval print_freq",
+    (1, math.inf): "batch_size epoch_images accum_steps eval_interval print_freq max_image_pixels",
     (1, 10**6): "epochs keep_checkpoints",
     (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers",
     (0, 10**6): "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
@@ -210,6 +210,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_image_arguments(add: Callable) -> None:
     """Adds the flags that say how an image becomes the model's input; `add` is add_argument."""
+    add("--max-image-pixels", type=int, default=89_000_000, metavar="N",
+        help="larger images count as unreadable, before they are decoded; the default is 1/4 GiB "
+        "of RGB, and 178956970 is as far as Pillow goes")
     add("--eval-crop-ratio", type=float,
         help=f"crop of the resized image, in (0, 1]; default: the checkpoint's, or {DEFAULT_CROP}")
     for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):

@@ -9,6 +9,7 @@ Modifications of https://github.com/facebookresearch/deit (`datasets.py`):
 """
 
 import hashlib
+import os
 import random
 import textwrap
 from argparse import Namespace
@@ -220,7 +221,8 @@ def _train_transform(
 def _image_folder(root: Path, is_train: bool, args: Namespace) -> ImageFolder:
     split = "train" if is_train else "val"
     try:
-        return ImageFolder(root / split, loader=load_image)
+        loader = partial(load_image, max_pixels=args.max_image_pixels)
+        return ImageFolder(root / split, loader=loader)
     except OSError as error:
         raise InputError(
             f"no images in {root / split}: expected {split}/CLASS/IMAGE (training needs train/ and "
@@ -256,15 +258,15 @@ def build_dataset(
     """Builds the training or the validation set, and gives its number of classes too.
 
     Several processes call it in turns (`utils.in_turns`), since it may download or draw the images.
-    Of `args` it reads data_set, data_path, seed, bad_images, download, inat_category and what
-    `build_transform` reads.
+    Of `args` it reads data_set, data_path, seed, bad_images, max_image_pixels, download,
+    inat_category and what `build_transform` reads.
     """
-    root = Path(args.data_path).expanduser()
+    root = Path(os.path.expanduser(args.data_path))
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
     transform = build_transform(is_train, args, data_config)
     may_be_made = args.data_set == "DEMO" or (args.download and args.data_set != "IMNET")
-    if not root.is_dir() and not may_be_made:
+    if not os.path.isdir(root) and not may_be_made:  # pathlib's raises below a locked folder
         raise InputError(f"data path {root} does not exist or is not a folder")
     try:
         source = DATA_SETS[args.data_set](root, is_train, args)

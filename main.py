@@ -59,6 +59,7 @@ from engine import (
 from inputs.cache import CachedLoader, build_cached_loader
 from losses import CosubLoss, DistillationLoss
 from models import BATVisionTransformer, count_gmacs, count_parameters, describe, find_keep_rate
+from models.reduction import AssignmentError
 from samplers import EvalSampler, TrainSampler
 from utils import (
     AMP_DTYPES,
@@ -66,6 +67,7 @@ from utils import (
     OutputError,
     StopRequest,
     barrier,
+    check_agreement,
     check_writable,
     end_workers,
     find_amp,
@@ -91,6 +93,18 @@ REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
 
 
 # Building ---------------------------------------------------------------------------------------
+
+
+def find_start(args: argparse.Namespace, device: torch.device) -> StartingPoint:
+    """The checkpoint that all processes start from."""
+    with in_turns(device):  # one process downloads what is not there
+        start = starting_point(args)
+    found = "no checkpoint"
+    if start.source:
+        found = f"epoch {start.checkpoint.get('epoch')}, step {start.checkpoint.get('step')}"
+    place = args.output_dir if args.resume == "auto" else start.source
+    check_agreement(found, f"{place} must be on a file system that all nodes share")
+    return start
 
 
 def build_datasets(
@@ -300,13 +314,22 @@ def train_options(
     )
 
 
-def wrap_model(model: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
-    """The model to call in training: compiled, and with gradients shared among processes."""
-    if compiled:
+def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The model to call in training: compiled, and with gradients shared among processes.
+
+    The order in which gradients are summed follows from the buckets that they are in, and these are
+    made anew once, after the first backward pass. An empty one comes first, so that a resumed run
+    sums in the order of an undisturbed one.
+    """
+    wrapped = model
+    if get_world_size() > 1:
+        wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        image = torch.zeros(1, model.in_chans, *model.patch_embed.img_size, device=device)
+        (0 * wrapped(image).sum()).backward()
+        model.zero_grad()
+    if compiled:  # after the pass above, whose one image would need a graph of its own
         model.compile(dynamic=False)
-    if get_world_size() == 1:
-        return model
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    return wrapped
 
 
 # Evaluating -------------------------------------------------------------------------------------
@@ -523,8 +546,7 @@ def run(args: argparse.Namespace) -> None:
     for reason, flags in NO_EFFECT.items():
         if given := [flag for flag in flags.split() if flag in args.no_effect]:
             logger.info(f"{' '.join(given)}: without effect, {reason}")
-    with in_turns(device):  # one process downloads what is not there
-        start = starting_point(args)
+    start = find_start(args, device)
     stored = dict(start.checkpoint.get("model_args") or {})
     if not start.resumes and not args.eval:  # may have other classes than its source
         stored.pop("num_classes", None)
@@ -586,7 +608,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
         return 0
-    except InputError as problem:
+    except (InputError, AssignmentError) as problem:
         parser.error(str(problem))
     except DivergenceError as problem:
         code, message = EXIT_DIVERGED, f"stopped: {problem}"

@@ -144,6 +144,18 @@ def barrier(device: torch.device) -> None:
     all_reduce([0.0], device)
 
 
+def check_agreement(finding: str, advice: str) -> None:
+    """Raises `InputError` in all processes, naming what each found, unless all found the same."""
+    if get_world_size() == 1:
+        return
+    findings = [""] * get_world_size()
+    dist.all_gather_object(findings, finding)
+    if len(set(findings)) > 1:
+        ranks = {text: [r for r, own in enumerate(findings) if own == text] for text in findings}
+        words = "; ".join(f"ranks {numbers} found {text}" for text, numbers in ranks.items())
+        raise InputError(f"{words}: {advice}")
+
+
 @contextmanager
 def in_turns(device: torch.device) -> Iterator[None]:
     """Runs the body in rank 0 first, then once on every other machine, then in the rest.
@@ -374,7 +386,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def check_writable(folder: str | Path) -> Path:
     """Makes an output folder; InputError when nothing can be written there."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))  # pathlib's raises for an unknown user
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

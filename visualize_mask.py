@@ -9,6 +9,7 @@ all images together.
 """
 
 import math
+import os
 import random
 import sys
 from argparse import Namespace
@@ -340,7 +341,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     if args.num_images is not None and args.num_images < 1:
         raise InputError(f"--num-images must be at least 1, got {args.num_images}")
     device = init_process(args.device)
-    path = Path(args.data_path).expanduser()
+    path = Path(os.path.expanduser(args.data_path))
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))
     classes = checkpoint.get("classes") or []
@@ -356,7 +357,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
         folders = [file.parent.name for file in files]
         true_classes = [folder if folder in classes else "" for folder in folders]
         names = [file.name for file in files]
-        readers = [partial(load_image, str(file)) for file in files]
+        readers = [partial(load_image, str(file), args.max_image_pixels) for file in files]
     if not checkpoint:
         model_args.setdefault("num_classes", num_classes)
 

@@ -71,7 +71,8 @@ def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device
     rows, cols = dataset.image_size
     whole = is_train or max(rows, cols) <= SMALL_INPUT
     crop_ratio = 1.0 if whole else dataset.data_config["crop_pct"]
-    stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
+    paths = [path for path, _ in getattr(dataset.source, "samples", ())]
+    stats = [os.stat(path) for path in paths if os.path.exists(path)]  # decoding names the others
     size, time = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
     digest = _digest(digest_dataset(dataset), rows, cols, crop_ratio, size, time)[:12]
     path = Path(args.image_cache) / f"{'train' if is_train else 'val'}-{rows}x{cols}-{digest}.npy"

@@ -192,6 +192,13 @@ def test_error_policy_reaches_the_training_process(folder, num_workers):
     assert "\n" not in str(error.value)
 
 
+def test_limit_of_pixels_reaches_the_workers(folder):
+    assert len(_load(build(False, folder, max_image_pixels=60 * 70), [0, 1], 1)) == 2
+    with pytest.raises(BadImageError, match=r"/val/ant/0\.png: 70 x 60 pixels, max") as error:
+        _load(build(False, folder, max_image_pixels=60 * 70 - 1), [0, 1], 1)
+    traceback.clear_frames(error.tb)
+
+
 def test_skip_policy_replaces_in_training(folder):
     clean = build(True, folder)
     (folder / "train" / "bee" / "2.png").write_bytes(b"")
@@ -225,7 +232,9 @@ def test_skip_policy_gives_up_when_nothing_is_readable(folder):
 
 
 def test_bad_folders(folder):
-    assert "does not exist" in refusal(True, dataset_args(folder / "nowhere"))
+    for name in ("nowhere", "x" * 300):
+        assert "does not exist" in refusal(True, dataset_args(folder / name))
+    assert "does not exist" in refusal(True, dataset_args("~nobody-here"))
     (folder / "file").write_text("")
     assert "is not a folder" in refusal(True, dataset_args(folder / "file"))
     (folder / "train").rename(folder / "training")
@@ -237,6 +246,11 @@ def test_bad_folders(folder):
     assert f"No such file or directory: '{folder}/val'" in refusal(False, dataset_args(folder))
     (folder / "val").mkdir()
     assert f"any class folder in {folder}/val" in refusal(False, dataset_args(folder))
+    (folder / "val").rmdir()
+    for target in ("val", "file"):  # a link to itself, and no folder
+        (folder / "val").symlink_to(target)
+        assert f"no images in {folder}/val" in refusal(False, dataset_args(folder))
+        (folder / "val").unlink()
 
 
 def test_unknown_choices_list_the_allowed_ones(folder):

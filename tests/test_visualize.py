@@ -1,6 +1,7 @@
 """The script that draws the pictures, and its pictures by their pixels."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -281,12 +282,17 @@ def test_pixels_survive_normalisation():
     np.testing.assert_array_equal(pixels, image)
 
 
+@pytest.mark.parametrize("bad", ["text", "FIFO"])
 @pytest.mark.parametrize("kind", ["folder", "list", "data set"])
-def test_unreadable_images_are_named_and_the_others_drawn(photos, tmp_path, kind, capsys):
-    (photos / "cat" / "a.png").write_bytes(b"no image")
+def test_unreadable_images_are_named_and_the_others_drawn(photos, tmp_path, kind, bad, capsys):
+    (photos / "cat" / "a.png").unlink()
+    if bad == "FIFO":
+        os.mkfifo(photos / "cat" / "a.png")
+    else:
+        (photos / "cat" / "a.png").write_bytes(b"no image")
     flags = ["--data-path", photos, "--num-images", 2]
     if kind == "list":
-        (tmp_path / "list.txt").write_text(f"{photos}/cat/missing_a.png\n{photos}/cat/b.jpg\n")
+        (tmp_path / "list.txt").write_text(f"{photos}/cat/a.png\n{photos}/cat/b.jpg\n")
         flags = ["--data-path", tmp_path / "list.txt"]
     elif kind == "data set":
         photos.rename(tmp_path / "val")

@@ -46,12 +46,13 @@ class ImageFiles:
 
     classes = ("image",)
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], max_image_pixels: int) -> None:
         self.samples = [(str(path), 0) for path in files]
         self.targets = [0] * len(files)
+        self.max_image_pixels = max_image_pixels
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self.samples[index][0]), 0
+        return load_image(self.samples[index][0], self.max_image_pixels), 0
 
 
 @torch.no_grad()
@@ -178,7 +179,8 @@ def run(args: Namespace) -> int:
     model = common.load_model(args, args.checkpoint, device)
     config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
     transform = build_transform(False, args, config)
-    dataset = SampleDataset(ImageFiles(files), transform, config, bad_images=args.bad_images)
+    source = ImageFiles(files, args.max_image_pixels)
+    dataset = SampleDataset(source, transform, config, bad_images=args.bad_images)
     stem = check_writable(args.output_dir) / "tokens"
     bad: list[int] = []
     table = pd.concat(
