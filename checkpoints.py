@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -124,14 +125,23 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
-    """Path and contents of the checkpoint that the run starts from; "" and {} for none."""
+class StartingPoint(NamedTuple):
+    """Where a run starts: a checkpoint's path and contents, "" and {} for none."""
+
+    source: str
+    checkpoint: dict
+    resumes: bool  # goes on with that run, or evaluates it; False: takes its weights alone
+
+
+def starting_point(args: argparse.Namespace) -> StartingPoint:
+    """The checkpoint that `--resume` names, or else the one that `--finetune` does."""
     if args.resume == "auto":
         found = latest_checkpoint(Path(args.output_dir)) if args.output_dir else None
         if found is not None:
-            return str(found[0]), found[1]
-    source = args.finetune if args.resume in ("", "auto") else args.resume
-    return source, load_checkpoint(source) if source else {}
+            return StartingPoint(str(found[0]), found[1], True)
+    resumes = args.resume not in ("", "auto")
+    source = args.resume if resumes else args.finetune
+    return StartingPoint(source, load_checkpoint(source) if source else {}, resumes)
 
 
 # Models -----------------------------------------------------------------------------------------
@@ -394,19 +404,22 @@ class RunFolder:
     resuming drops the entries that the checkpoint does not know yet: none is doubled or missing.
     """
 
-    def __init__(
-        self, folder: Path, args: argparse.Namespace, model_args: dict, classes: list[str]
-    ) -> None:
-        """Prepares an existing folder; args are kept as typed, model_args rebuild the model."""
+    def __init__(self, folder: Path, args: argparse.Namespace, **about: object) -> None:
+        """Prepares an existing folder.
+
+        Args:
+            folder: where to write.
+            args: kept as typed.
+            **about: plain values for every checkpoint: model_args, which rebuild the model;
+                data_config, of its inputs; classes, their names; training_mode.
+        """
         self.folder = folder
         self.keep_checkpoints = args.keep_checkpoints
         self.about = {
             "args": vars(args),
-            "model_args": model_args,
-            "classes": list(classes),
             "git_hash": git_hash(),
             "world_size": get_world_size(),
-        }
+        } | about
         self.log_path = folder / "log.txt"
         self.writer: SummaryWriter | None = None
 
@@ -476,13 +489,17 @@ class RunFolder:
             os.replace(pending, newest)
 
     def save_best(self, state: TrainState) -> None:
-        """Writes best.pth: the weights and what rebuilds the model, without the optimizer."""
+        """Writes best.pth: the weights and what rebuilds the model, without the optimizer.
+
+        Its model_args have the keep rates that the weights were evaluated at.
+        """
         whole = state.state_dict()
         kept = {name: whole[name] for name in ("model", "model_ema", "epoch", "best")}
+        kept["model_args"] = self.about["model_args"] | {"keep_rate": state.model.keep_rates}
         self._write(kept, self.folder / "best.pth")
 
     def _write(self, contents: dict, path: Path) -> None:
-        write_atomically(path, lambda file: torch.save(contents | self.about, file))
+        write_atomically(path, lambda file: torch.save(self.about | contents, file))
 
     def save_correct(self, correct: Tensor | None) -> None:
         """Writes correct.npy: (images,) bool, which images the weights get right; None: unknown."""

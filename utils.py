@@ -43,6 +43,18 @@ class OutputError(OSError):
     """An output file cannot be written; the message has its path and the reason."""
 
 
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns whatever fails while something is built from the user's values into an `InputError`."""
+    try:
+        yield
+    except (InputError, OutputError):
+        raise
+    except Exception as problem:  # a library refuses odd values in every way there is
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise InputError(f"{what}: {reason:.300}") from problem
+
+
 # Processes --------------------------------------------------------------------------------------
 
 
