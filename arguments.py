@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
@@ -393,7 +392,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if mixes and not args.eval and args.batch_size % 2:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
     for flag, path in (("--resume", args.resume), ("--finetune", args.finetune)):
-        if path and path != "auto" and "://" not in path and not Path(path).is_file():
+        if path and path != "auto" and "://" not in path and not os.path.isfile(path):
             parser.error(f"{flag}: no such file: {path}")
 
 
