@@ -104,6 +104,7 @@ def test_the_base_flags_are_good(
         (["--target-gmacs", "1e-9"], ["target_gmacs 1e-09", "smallest keep rate"]),
         (["--device", "toaster"], ["toaster"]),
         (["--device", "mps"], ["mps"]),
+        (["--device", "meta"], ["unknown device 'meta'"]),
         (["--model-kwargs", "depth"], ["--model-kwargs", "KEY=VALUE", "depth"]),
         (["--model-kwargs", "img_size=64"], ["img_size", "--input-size"]),
         (["--opt", "nonsense"], ["nonsense"]),
