@@ -37,6 +37,9 @@ KEYWORD_FLAGS = {
     "pretrained_cfg": "--finetune",
     "pretrained_cfg_overlay": "--finetune",
     "features_only": "forward_with_assignments in Python",
+    "out_indices": "forward_with_assignments in Python",
+    "device": "--device",
+    "dtype": "--amp",
     "in_chans": "images of three channels",
     "model_name": "--model",
     "img_size": "--input-size",
@@ -69,6 +72,7 @@ RANGES = {
     (0, 10**6): "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
     (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
     (1, 1000): "recount",
+    (0, 100): "color_jitter",
     (0, 0.999): "drop drop_path smoothing",
     (1e-3, 1): "eval_crop_ratio",
     (1e-9, math.inf): "clip_grad distillation_tau dist_timeout",
@@ -95,6 +99,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
+        if empty := [word for word in args if word.startswith("--") and word.endswith("=--")]:
+            self.error(f"{empty[0]}: not a value")  # argparse would make a list of it
         return super().parse_known_args([_dashed(word) for word in args], namespace)
 
     def error(self, message: str) -> None:
