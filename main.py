@@ -58,7 +58,14 @@ from engine import (
 )
 from inputs.cache import CachedLoader, build_cached_loader
 from losses import CosubLoss, DistillationLoss
-from models import BATVisionTransformer, count_gmacs, count_parameters, describe, find_keep_rate
+from models import (
+    BATVisionTransformer,
+    count_gmacs,
+    count_parameters,
+    describe,
+    describe_reduction,
+    find_keep_rate,
+)
 from models.reduction import AssignmentError
 from samplers import EvalSampler, TrainSampler
 from utils import (
@@ -572,7 +579,8 @@ def run(args: argparse.Namespace) -> None:
     # Model
     model = build_run_model(args, model_args, start).to(device)
     facts = {"gmacs": count_gmacs(model), "parameters": count_parameters(model)}
-    logger.info(f"{model_args}\n{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")
+    logger.info(f"{model_args}\n{describe_reduction(model)}")
+    logger.info(f"{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")
     if args.eval:
         if args.compile:
             model.compile(dynamic=False)
@@ -588,7 +596,8 @@ def run(args: argparse.Namespace) -> None:
     options = train_options(args, model.keep_rates, device, training_mode=mode)
     folder = None
     if output_dir is not None and is_main_process():
-        about = {"model_args": model_args, "data_config": config, "training_mode": mode}
+        settings = model.reduction_settings() | model_args  # defaults too: they may change
+        about = {"model_args": settings, "data_config": config, "training_mode": mode}
         folder = RunFolder(output_dir, args, classes=val_dataset.classes, **about)
         folder.start(state.epoch, facts, source=start.source if start.resumes else "")
     loaders = train_loader, val_loader

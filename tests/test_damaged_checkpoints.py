@@ -1,24 +1,36 @@
 """A damaged checkpoint is refused in one line, or it gives back exactly what was stored."""
 
+import math
 import pickle
 import random
+import subprocess
+import sys
 import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_FLAGS, Run, RunMain
 from fault_helpers import (
     MODEL_FLAGS,
+    REPOSITORY,
     Launcher,
     assert_identical,
     assert_same_run,
     let_a_second_pass,
     load,
+    rewrite_archive,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tool_helpers import refusal
 
-from checkpoints import latest_checkpoint, load_checkpoint
+import tools.tokens
+import visualize_mask
+from checkpoints import latest_checkpoint, load_checkpoint, model_from_checkpoint
 from utils import InputError, write_atomically
 
 pytest_plugins = ("fault_fixtures",)
@@ -73,7 +85,8 @@ def damaged_files(draw: st.DrawFn) -> bytes:
 def refused(path: Path) -> bool:
     """Whether a file is refused, in one line with its name; if not, it must be whole."""
     try:
-        assert_identical(load_checkpoint(path), STORED)
+        found = load_checkpoint(path)
+        assert_identical({name: found[name] for name in STORED}, STORED)
         return False
     except InputError as problem:
         assert str(path) in str(problem) and "\n" not in str(problem)
@@ -106,6 +119,75 @@ def test_every_changed_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:
         assert refused(path)
     path.write_bytes(WHOLE)
     assert not refused(path)
+
+
+def test_every_changed_bit_of_the_tail_is_noticed_or_harmless(tmp_path: Path) -> None:
+    """The archive's directory, which readers of zip files are free to understand differently."""
+    path = tmp_path / "checkpoint.pth"
+    for place in range(WHOLE.index(b"PK\x01\x02"), len(WHOLE)):
+        for bit in (1, 16, 128):
+            damaged = bytearray(WHOLE)
+            damaged[place] ^= bit
+            path.write_bytes(damaged)
+            refused(path)
+
+
+def swapped(data: bytes) -> bytes:
+    return b"big" if data == b"little" else b"little"
+
+
+def test_byte_order_of_another_machine(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.pth", tmp_path / "checkpoint.pth"
+    whole.write_bytes(WHOLE)
+    rewrite_archive(whole, path, {"byteorder": swapped})
+    torch.load(path, weights_only=True)  # goes through, with other numbers
+    assert refused(path)
+    rewrite_archive(whole, path, {})
+    assert not refused(path)
+
+
+@pytest.mark.parametrize("name", ["data/0", "DATA/0", "data.pkl"])
+def test_two_records_of_one_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(WHOLE)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what zipfile says to it
+        folder, _, _ = archive.namelist()[0].partition("/")
+        archive.writestr(f"{folder}/{name}", archive.read(f"{folder}/{name.lower()}"))
+    assert refused(path)
+
+
+def peak_memory_of_reading(path: Path) -> float:
+    """MiB that reading a checkpoint takes, beside what the imports have taken."""
+    code = (
+        "import resource, sys\n"
+        "from checkpoints import load_checkpoint\n"
+        "from utils import InputError\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak()\n"
+        "try: load_checkpoint(sys.argv[1])\n"
+        "except InputError as problem: print(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["compressed", "storage", "legacy"])
+def test_claims_of_a_gigabyte_take_no_memory(tmp_path: Path, kind: str) -> None:
+    path, plain = tmp_path / "checkpoint.pth", tmp_path / "plain.pth"
+    torch.save({"model": {"weight": torch.ones(200)}}, plain,
+               _use_new_zipfile_serialization=kind != "legacy")  # fmt: skip
+    few, many = b"K\xc8", b"J" + (2**28).to_bytes(4, "little")  # 200 and a gigabyte of floats
+    if kind == "legacy":
+        path.write_bytes(plain.read_bytes().replace(few, many))
+    elif kind == "storage":
+        rewrite_archive(plain, path, {"data.pkl": lambda data: data.replace(few, many)})
+    else:
+        with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, bytes(2**30) if name.endswith("data/0") else old.read(name))
+    assert peak_memory_of_reading(path) < 100
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -189,6 +271,80 @@ def test_wrong_types_inside(
     assert "Traceback" not in run.text()
     last = run.text().rstrip().splitlines()[-1]
     assert last.startswith("main.py: error: ") and ("checkpoint" in last or key == "model_args")
+
+
+SENSELESS = {"tensor": torch.ones(3), "nan": math.nan, "huge": 10**30, "text": "text"}
+READ_TO_RESUME = (
+    "epoch", "step", "updates", "best", "metrics", "optimizer", "lr_scheduler", "model_ema",
+    "world_size",
+)  # fmt: skip
+READ_BY_ALL = ("model", "model_args", "classes", "args", "data_config", "training_mode")
+
+
+@pytest.fixture
+def refusing(
+    call_main: RunMain, trained: Run, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> Callable[[dict, bool], None]:
+    """Checks that a checkpoint is refused in one line: on resuming, or whatever it is read for."""
+    path, out = tmp_path / "checkpoint.pth", tmp_path / "out"
+    flags = trained.flags[len(TINY_FLAGS) :]
+    tool_flags = ["--checkpoint", path, "--data-path", data_path, "--output-dir", out]
+
+    def check(contents: dict, always: bool) -> None:
+        torch.save(contents, path)
+        for mode in (["--resume"], ["--eval", "--resume"], ["--finetune"])[: 3 if always else 1]:
+            done = call_main(*flags, "--epochs", "5", *mode, path)
+            *_, last = done.stderr.splitlines()  # torch warns of some
+            assert done.returncode == 2 and last.startswith("main.py: error: "), mode
+        for script in (visualize_mask, tools.tokens) if always else ():
+            assert refusal(capsys, script.main, tool_flags).count("\n") <= 1
+        assert not out.exists()
+
+    return check
+
+
+@pytest.mark.parametrize("value", SENSELESS)
+def test_senseless_values(trained: Run, refusing: Callable, value: str) -> None:
+    whole = load(trained.folder / "checkpoint.pth")
+    for key in READ_TO_RESUME:
+        refusing(whole | {key: SENSELESS[value]}, False)
+    for key in READ_BY_ALL:
+        refusing(whole | {key: SENSELESS[value]}, True)
+
+
+INSIDE = {
+    "model_args": [
+        {"depth": 10**9}, {"embed_dim": math.nan}, {"img_size": "a"}, {"img_size": -4},
+        {"model_name": ["a"]}, {"nonsense": 1}, {"num_heads": torch.ones(2)}, {"device": "meta"},
+        {"in_chans": 1}, {"features_only": True}, {"reduction_loc": 7},
+    ],
+    "data_config": [{"crop_pct": "a"}, {"crop_pct": 0}, {"mean": [1, 2]}, {"std": [0, 1, 1]}],
+    "model": [
+        {"norm.weight": torch.ones(32, dtype=torch.complex64)},
+        {"norm.weight": torch.ones(32, dtype=torch.int64)},
+        {"norm.weight": torch.ones(32).to_sparse()},
+        {"norm.weight": torch.ones(32, device="meta")},
+        {"norm.weight": torch.ones(1).expand(10**6, 10**6)},
+        {"norm.weight": 1.0},
+        {"pos_embed": torch.ones(3)},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", INSIDE)
+def test_senseless_values_inside(trained: Run, refusing: Callable, key: str) -> None:
+    whole = load(trained.folder / "checkpoint.pth")
+    for changes in INSIDE[key]:
+        refusing(whole | {key: whole[key] | changes}, True)
+
+
+def test_weights_come_from_the_file_alone(trained: Run, tmp_path: Path) -> None:
+    """Keywords that would fetch others, from anywhere, are not even tried."""
+    whole = load(trained.folder / "best.pth")
+    fetching = {"pretrained": True, "checkpoint_path": "/nowhere", "cache_dir": "/nowhere"}
+    torch.save(whole | {"model_args": whole["model_args"] | fetching}, tmp_path / "file.pth")
+    found = model_from_checkpoint(load_checkpoint(tmp_path / "file.pth")).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole["model"].items())
 
 
 def test_older_checkpoint_takes_the_place_of_a_damaged_one(
