@@ -15,6 +15,7 @@ from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
 from models.reduction import MERGE_WEIGHTS
+from models.weights import inherited_settings
 
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
 DEFAULT_SIZE = (224, 224)
@@ -38,8 +39,6 @@ KEYWORD_FLAGS = {
     "pretrained_cfg_overlay": "--finetune",
     "features_only": "forward_with_assignments in Python",
     "out_indices": "forward_with_assignments in Python",
-    "device": "--device",
-    "dtype": "--amp",
     "in_chans": "images of three channels",
     "model_name": "--model",
     "img_size": "--input-size",
@@ -392,8 +391,6 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--ema goes with --eval or --finetune: a resumed run has both weights")
     if args.sched == "plateau":
         parser.error("--sched plateau cannot be resumed exactly: choose another scheduler")
-    if args.std and min(args.std) <= 0:
-        parser.error(f"--std must be above 0, got {args.std}")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and not args.eval and args.batch_size % 2:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
@@ -407,16 +404,12 @@ def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> 
 
     Args:
         args: reads the flags of `add_model_arguments`.
-        stored: `model_args` of the checkpoint, if it has any. A --model of another name than theirs
-            takes none of them; where they have no name, it has its own size.
+        stored: `model_args` of the checkpoint, if it has any; see `inherited_settings`.
 
     Returns:
         Plain values that a checkpoint can hold; "num_classes" only where something says it.
     """
-    stored = dict(stored or {})
-    if args.model not in (None, stored.get("model_name")):
-        own = stored if "model_name" in stored else ("embed_dim", "depth", "num_heads")
-        stored = {name: value for name, value in stored.items() if name not in own}
+    stored = inherited_settings(stored or {}, args.model)
     flags = {"model_name": args.model, "img_size": args.input_size, "num_classes": args.nb_classes}
     flags |= {name: getattr(args, name) for name in REDUCTION_FLAGS}
     given = {name: _plain(value) for name, value in flags.items() if value is not None}
