@@ -295,7 +295,7 @@ def fuzz_checkpoints(rng: random.Random, number: int, root: Path) -> Iterator[Ou
     """Half of them damaged in bytes, half in meaning; each is read, and then given to main.py."""
     flags = [*RUN_FLAGS, *make_good_run(root), "--epochs", "2"]
     good, path = root / "run" / "checkpoint.pth", root / "damaged.pth"
-    original = torch.load(good, weights_only=True)
+    original = load_checkpoint(good)
     uses = (["--eval", "--resume"], ["--output-dir", "out", "--resume"], ["--finetune"])
     for index in range(number):
         shutil.copy(good, path)
