@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -103,7 +104,8 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     path = str(path)
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        silent = warnings.catch_warnings(action="ignore")  # of tensors that are refused below
+        with torch.serialization.safe_globals(SAFE_GLOBALS), silent:
             if path.startswith(("http://", "https://")):
                 checkpoint = torch.hub.load_state_dict_from_url(
                     path, map_location="cpu", check_hash=True, weights_only=True
@@ -554,6 +556,7 @@ def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None
             ):
                 raise ValueError(f"{name} was {group.get(name)} and is {flags.get(name)}")
     for parameter, moments in state.optimizer.state.items():
+        _whole(int(moments.get("step", 0)))
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             if name in moments and moments[name].shape != parameter.shape:
                 raise ValueError(f"{name} has the shape of another parameter")

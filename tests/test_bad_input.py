@@ -132,6 +132,7 @@ def test_the_base_flags_are_good(
         (["--eval-crop-ratio", "0"], ["--eval-crop-ratio", "0.0"]),
         (["--std", "0", "1", "1"], ["mean and std", "std above 0"]),
         (["--model-kwargs", "depth=9999999"], ["depth is above"]),
+        (["--model-kwargs", "reduction_seed=x"], ["reduction_seed must be an integer"]),
         (["--model-kwargs", "device=meta"], ["device and dtype"]),
         (["--model-kwargs", "pretrained=True"], ["pretrained", "use --finetune"]),
         (["--model-kwargs", "norm_layer=none"], ["cannot build", "none"]),
