@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import TrainState, set_keep_rate
-from models import BATVisionTransformer
+from models import ReducingTransformer
 from models.weights import inherited_settings, shown_settings, with_timms_names
 from utils import (
     InputError,
@@ -328,7 +328,7 @@ def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
     if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
         size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
         raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
-    if reducing and not isinstance(model, BATVisionTransformer):
+    if reducing and not isinstance(model, ReducingTransformer):
         raise InputError(
             f"'{name}' does not reduce tokens; choose from {own} "
             "(with --reduction none they are plain DeiT)"

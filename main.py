@@ -59,7 +59,7 @@ from engine import (
 from inputs.cache import CachedLoader, build_cached_loader
 from losses import CosubLoss, DistillationLoss
 from models import (
-    BATVisionTransformer,
+    ReducingTransformer,
     count_gmacs,
     count_parameters,
     describe,
@@ -222,7 +222,7 @@ def build_criterion(
 
 def build_run_model(
     args: argparse.Namespace, model_args: dict, start: StartingPoint
-) -> BATVisionTransformer:
+) -> ReducingTransformer:
     """The model of the run with its first weights, on the CPU."""
     seed_everything(args.seed)  # the same first weights in every process
     drop_path = DEFAULT_DROP_PATH if args.drop_path is None else args.drop_path
@@ -241,7 +241,7 @@ def build_run_model(
 
 
 def apply_target_gmacs(
-    target_gmacs: float | None, model: BATVisionTransformer, model_args: dict
+    target_gmacs: float | None, model: ReducingTransformer, model_args: dict
 ) -> None:
     """Sets the largest keep rate within a budget, in the model and in its keywords."""
     if target_gmacs is None:
@@ -256,7 +256,7 @@ def apply_target_gmacs(
 
 
 def build_state(
-    args: argparse.Namespace, model: BATVisionTransformer, device: torch.device
+    args: argparse.Namespace, model: ReducingTransformer, device: torch.device
 ) -> TrainState:
     """Optimizer, scheduler, gradient scaler and moving average around a model on its device."""
     total_batch = args.batch_size * args.accum_steps * get_world_size()
@@ -321,7 +321,7 @@ def train_options(
     )
 
 
-def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
+def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
     """The model to call in training: compiled, and with gradients shared among processes.
 
     The order in which gradients are summed follows from the buckets that they are in, and these are
@@ -344,7 +344,7 @@ def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: b
 
 def run_evaluation(
     args: argparse.Namespace,
-    model: BATVisionTransformer,
+    model: ReducingTransformer,
     val_loader: DataLoader | CachedLoader,
     device: torch.device,
     header: str = "Test:",

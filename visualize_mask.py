@@ -38,7 +38,7 @@ from arguments import (
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
 from inputs.images import BadImageError, list_images, load_image
-from models import BATVisionTransformer
+from models import ReducingTransformer
 from models.trace import PatchKind, trace_patches
 from utils import (
     InputError,
@@ -85,7 +85,7 @@ class Source(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    model: BATVisionTransformer
+    model: ReducingTransformer
     description: str
     classes: Sequence[str]  # names of the outputs; empty: random weights, which predict nothing
     data_config: Mapping[str, object]  # of its inputs, as `arguments.data_config` gives it

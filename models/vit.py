@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
-from timm.models import feature_take_indices
+from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import (
@@ -358,9 +358,7 @@ class ReducingTransformer:
         _refuse_masks(attn_mask, is_causal)
         return self.norm(self.run_blocks(x)[0])
 
-    def pool(
-        self, x: Tensor, pool_type: str | None = None, sizes: Tensor | None = None
-    ) -> Tensor:
+    def pool(self, x: Tensor, pool_type: str | None = None, sizes: Tensor | None = None) -> Tensor:
         """timm's pooling, in which a token counts as often as the patches it stands for.
 
         Args:

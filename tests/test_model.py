@@ -10,7 +10,7 @@ from conftest import TINY, build_tiny, draw_batch, randomise
 from arguments import get_args_parser, model_arguments
 from checkpoints import build_model
 from models import REDUCTIONS, count_parameters
-from models.vit import BATBlock
+from models.vit import ReducingBlock
 
 METHODS = tuple(REDUCTIONS)
 DROPPING = ("topk", "random")
@@ -199,7 +199,7 @@ def test_identity_stage_gives_arange() -> None:
 @pytest.mark.parametrize("reduction_loc", [(), (0,), (2,), (0, 1, 2), (2, 0), [1]])
 def test_any_set_of_blocks_may_reduce(reduction_loc: tuple[int, ...]) -> None:
     model = build_tiny(reduction_loc=reduction_loc, keep_rate=0.5)
-    kinds = [isinstance(block, BATBlock) for block in model.blocks]
+    kinds = [isinstance(block, ReducingBlock) for block in model.blocks]
     assert kinds == [index in reduction_loc for index in range(3)]
     with torch.no_grad():
         logits, assignments = model.forward_with_assignments(draw_batch(2, 3, 32, 32))

@@ -26,10 +26,10 @@ from arguments import (
     model_arguments,
 )
 from checkpoints import build_model
-from models import REDUCTIONS, BATVisionTransformer, count_gmacs
+from models import REDUCTIONS, ReducingTransformer, count_gmacs
 from models.clustering import class_token_importance
 from models.reduction import ReducedTokens
-from models.vit import BATBlock
+from models.vit import ReducingBlock
 from tools import timing
 from tools.common import at_least
 from tools.timing import Call, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
@@ -60,7 +60,7 @@ class Candidate(NamedTuple):
     def name_line(self, images: Tensor) -> dict:
         """The columns that name the line of this model and a batch (B, 3, height, width)."""
         tokens = [self.model.patch_embed.num_patches]
-        if isinstance(self.model, BATVisionTransformer):
+        if isinstance(self.model, ReducingTransformer):
             tokens += [stage.num_outputs for stage in self.model.stages()]
         return {
             "reduction": self.reduction,
@@ -231,12 +231,12 @@ class Recorded(NamedTuple):
     normed: Tensor  # (B, L, D) tokens that entered the attention layer
 
 
-def record_stages(model: BATVisionTransformer, images: Tensor, setting: Setting) -> list[Recorded]:
+def record_stages(model: ReducingTransformer, images: Tensor, setting: Setting) -> list[Recorded]:
     """Runs a forward pass (B, 3, height, width) and says what it gave to each stage."""
     seen: dict[nn.Module, tuple] = {}
 
     def keep(part: nn.Module, inputs: tuple, output: object) -> None:
-        seen[part] = inputs if isinstance(part, BATBlock) else output
+        seen[part] = inputs if isinstance(part, ReducingBlock) else output
 
     blocks = [model.blocks[index] for index in model.reduction_loc]
     handles = []
@@ -257,7 +257,7 @@ def record_stages(model: BATVisionTransformer, images: Tensor, setting: Setting)
     return stages
 
 
-def run_stage(block: BATBlock, inputs: Recorded) -> ReducedTokens:
+def run_stage(block: ReducingBlock, inputs: Recorded) -> ReducedTokens:
     """A block's stage alone: the class token's attention row, the groups and the merging."""
     importance = class_token_importance(inputs.query, inputs.keys, block.attn.scale)
     return block.reduce(inputs.x, importance, inputs.sizes)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from arguments import ArgumentParser, add_model_arguments, add_switch
-from models import BATVisionTransformer, count_gmacs
+from models import ReducingTransformer, count_gmacs
 from tools.common import load_model
 from utils import InputError, run_script
 
@@ -35,7 +35,7 @@ KNOWN_WARNINGS = ("The given buffer is not writable", r"`isinstance\(treespec, L
 class ExportedModel(nn.Module):
     """A model whose outputs are one flat tuple, as exporters want it."""
 
-    def __init__(self, model: BATVisionTransformer, *, assignments: bool) -> None:
+    def __init__(self, model: ReducingTransformer, *, assignments: bool) -> None:
         super().__init__()
         self.model = model
         self.assignments = assignments

@@ -29,7 +29,7 @@ from arguments import AMP_CHOICES, ArgumentParser, data_config
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
-from models import BATVisionTransformer, count_gmacs
+from models import ReducingTransformer, count_gmacs
 from tools import common
 from tools.figures import plot_accuracy, save_figure
 from utils import (
@@ -113,8 +113,8 @@ def short_labels(paths: Sequence[str]) -> list[str]:
 
 
 def switch(
-    models: Mapping[str, BATVisionTransformer], configuration: Configuration
-) -> BATVisionTransformer:
+    models: Mapping[str, ReducingTransformer], configuration: Configuration
+) -> ReducingTransformer:
     """The configuration's model, by checkpoint label, switched to its method and keep rate."""
     model = models[configuration.checkpoint]
     model.set_reduction(configuration.reduction)
@@ -180,7 +180,7 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
 
 def sweep_settings(
     args: Namespace,
-    models: Mapping[str, BATVisionTransformer],
+    models: Mapping[str, ReducingTransformer],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
 ) -> dict:
@@ -218,7 +218,7 @@ def digest_weights(model: nn.Module) -> str:
 
 @torch.no_grad()
 def timed_forward(
-    model: BATVisionTransformer, images: Tensor, amp_dtype: torch.dtype | None
+    model: ReducingTransformer, images: Tensor, amp_dtype: torch.dtype | None
 ) -> tuple[Tensor, float]:
     """Logits of images (B, 3, H, W) that lie on the model's device, and the seconds they took."""
     if images.is_cuda:
@@ -234,7 +234,7 @@ def timed_forward(
 def run_sweep(
     args: Namespace,
     predictions: Predictions,
-    models: Mapping[str, BATVisionTransformer],
+    models: Mapping[str, ReducingTransformer],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
     path: Path,
@@ -283,7 +283,7 @@ def run_sweep(
 
 def summarize(
     predictions: Predictions,
-    models: Mapping[str, BATVisionTransformer],
+    models: Mapping[str, ReducingTransformer],
     configurations: Sequence[Configuration],
 ) -> pd.DataFrame:
     """A row for every configuration of a finished sweep.
@@ -412,7 +412,7 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def load_inputs(args: Namespace) -> tuple[dict[str, BATVisionTransformer], SampleDataset]:
+def load_inputs(args: Namespace) -> tuple[dict[str, ReducingTransformer], SampleDataset]:
     """The models by the label of their checkpoint, and the validation set that fits them all."""
     device = common.find_device(args)
     models = [common.load_model(args, path, device) for path in args.checkpoint]

@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.stats import sem
 
 from arguments import ArgumentParser
-from models import BATVisionTransformer
+from models import ReducingTransformer
 from tools.figures import plot_accuracy, save_figure
 from utils import InputError, check_writable, read_log, run_script
 
@@ -33,7 +33,7 @@ INCIDENTAL = (
 )  # fmt: skip
 # Settings of the model and their defaults, which args.json may leave out.
 DEFAULTS = {
-    name: inspect.signature(BATVisionTransformer).parameters[name].default
+    name: inspect.signature(ReducingTransformer).parameters[name].default
     for name in ("reduction", "cluster_ratio", "match_ratio", "merge_weights")
 }
 FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f"}
