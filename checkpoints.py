@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import TrainState, set_keep_rate
-from models import ReducingTransformer
+from models import make_reducing
+from models.vit import REDUCTION_KEYWORDS
 from models.weights import inherited_settings, shown_settings, with_timms_names
 from utils import (
     InputError,
@@ -182,7 +183,7 @@ def _in_one_layout(stored: Mapping) -> dict:
         for name in shown.keys() & settings.keys() & {"embed_dim", "depth"}:
             if settings[name] != shown[name]:
                 raise InputError(f"its {name} is {settings[name]}, its weights' {shown[name]}")
-        if str(settings.get("model_name")).startswith("bat_"):
+        if str(settings.get("model_name")).startswith("bat_"):  # then the only reducing ones
             settings = FIRST_REDUCTION | settings
     crop = args.get("eval_crop_ratio")  # what runs say that store no data_config
     data_config = _plain_dict(checkpoint, "data_config") or ({"crop_pct": crop} if crop else {})
@@ -314,25 +315,28 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
-    """`timm.create_model(**model_args)`; what does not fit or (`reducing`) reduce: `InputError`."""
+    """The model of timm with these keywords, and (`reducing`) those of `make_reducing`.
+
+    Raises:
+        InputError: it does not exist, a keyword does not fit it, or it cannot reduce.
+    """
     name = model_args["model_name"]
-    own = ", ".join(timm.list_models(module="bat"))
     if not isinstance(name, str) or not timm.is_model(name):
-        raise InputError(f"unknown model '{name}'; choose from {own}")
+        own = ", ".join(timm.list_models(module="bat"))
+        raise InputError(f"unknown model '{name}'; choose one of timm's plain ViTs, or {own}")
     with refusing(f"cannot build {name}"):
         if not {"device", "dtype"}.isdisjoint(model_args):
             raise InputError(f"cannot build {name}: device and dtype are the run's to choose")
         if model_args.get("depth", 0) > MOST_BLOCKS:  # would be built for hours
             raise InputError(f"cannot build {name}: depth is above {MOST_BLOCKS}")
-        model = timm.create_model(**model_args)
+        reduction = {key: model_args[key] for key in REDUCTION_KEYWORDS if key in model_args}
+        model = timm.create_model(**{k: v for k, v in model_args.items() if k not in reduction})
     if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
         size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
         raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
-    if reducing and not isinstance(model, ReducingTransformer):
-        raise InputError(
-            f"'{name}' does not reduce tokens; choose from {own} "
-            "(with --reduction none they are plain DeiT)"
-        )
+    if reducing:
+        with refusing(f"{name} cannot reduce"):
+            make_reducing(model, **reduction, check=not name.startswith("bat_"))
     return model
 
 
@@ -375,6 +379,8 @@ def model_from_checkpoint(
     weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
     if "head.bias" in weights:
         model_args.setdefault("num_classes", len(weights["head.bias"]))
+    if checkpoint:
+        model_args.pop("pretrained", None)
     model = build_model(model_args, reducing=reducing)
     if checkpoint:
         grid = _patch_grid(stored.get("img_size"), weights)

@@ -33,6 +33,7 @@ from arguments import (
     data_config,
     get_args_parser,
     model_arguments,
+    pretrained_config,
 )
 from checkpoints import (
     CheckpointSchedule,
@@ -331,7 +332,9 @@ def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bo
     wrapped = model
     if get_world_size() > 1:
         wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-        image = torch.zeros(1, model.in_chans, *model.patch_embed.img_size, device=device)
+        image = torch.zeros(
+            1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device=device
+        )
         (0 * wrapped(image).sum()).backward()
         model.zero_grad()
     if compiled:  # after the pass above, whose one image would need a graph of its own
@@ -567,7 +570,8 @@ def run(args: argparse.Namespace) -> None:
     output_dir = check_writable(args.output_dir) if args.output_dir else None
 
     # Data
-    config = data_config(args, model_args["img_size"], start.checkpoint.get("data_config") or {})
+    known = pretrained_config(model_args["model_name"]) | start.checkpoint.get("data_config", {})
+    config = data_config(args, model_args["img_size"], known)
     train_dataset, val_dataset = build_datasets(args, config, device)
     num_classes = len(val_dataset.classes)
     if model_args.setdefault("num_classes", num_classes) != num_classes:
@@ -578,6 +582,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Model
     model = build_run_model(args, model_args, start).to(device)
+    model_args.pop("pretrained", None)
     facts = {"gmacs": count_gmacs(model), "parameters": count_parameters(model)}
     logger.info(f"{model_args}\n{describe_reduction(model)}")
     logger.info(f"{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")

@@ -34,6 +34,7 @@ from arguments import (
     add_model_arguments,
     data_config,
     model_arguments,
+    pretrained_config,
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
@@ -345,7 +346,8 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))
     classes = checkpoint.get("classes") or []
-    config = data_config(args, model_args["img_size"], checkpoint.get("data_config") or {})
+    known = pretrained_config(model_args["model_name"]) | checkpoint.get("data_config", {})
+    config = data_config(args, model_args["img_size"], known)
     if args.data_set:
         dataset, num_classes = build_dataset(False, args, config)
         classes = classes or dataset.classes

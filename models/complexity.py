@@ -36,7 +36,9 @@ def gmacs_by_module(model: nn.Module) -> dict[str, float]:
         GMACs by dotted module name, down to the blocks; the key "" holds the total.
     """
     meta = copy.deepcopy(model).to("meta").eval()
-    image = torch.empty(1, meta.in_chans, *meta.patch_embed.img_size, device="meta")
+    image = torch.empty(
+        1, meta.patch_embed.proj.in_channels, *meta.patch_embed.img_size, device="meta"
+    )
     counter = FlopCounterMode(display=False, depth=2)
     # The counter knows only some of the fused attention kernels, but every matrix product.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
