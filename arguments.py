@@ -424,7 +424,8 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if mixes and not args.eval and args.batch_size % 2:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
     for flag, path in (("--resume", args.resume), ("--finetune", args.finetune)):
-        if path and path != "auto" and "://" not in path and not os.path.isfile(path):
+        is_elsewhere = path == "auto" or "://" in path or path.startswith("hf-hub:")
+        if path and not is_elsewhere and not os.path.exists(path):
             parser.error(f"{flag}: no such file: {path}")
 
 

@@ -21,9 +21,16 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models._hub import (
+    download_from_hf,
+    load_cfg_from_json,
+    load_state_dict_from_hf,
+    load_state_dict_from_path,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -55,8 +62,11 @@ SCHEDULE_FLAGS = (
 )  # fmt: skip
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
 MOST_BLOCKS = 1000
+HUB_INPUTS = ("crop_pct", "mean", "std", "interpolation")
 # What an optimizer's parameter groups must agree in with the flags.
 HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
+# What a scheduler's state may differ in from the flags': the epochs and the batch decide it.
+RESCALED = ("base_values", "warmup_steps", "t_initial", "decay_t", "noise_range_t")
 # What the reduction was where a checkpoint of this project does not say it: its first defaults.
 FIRST_REDUCTION = {
     "reduction": "bat", "keep_rate": 0.7, "reduction_loc": (3, 6, 9), "cluster_ratio": 0.4,
@@ -107,7 +117,11 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         silent = warnings.catch_warnings(action="ignore")  # of tensors that are refused below
         with torch.serialization.safe_globals(SAFE_GLOBALS), silent:
-            if path.startswith(("http://", "https://")):
+            if path.startswith("hf-hub:") or os.path.isdir(path):
+                checkpoint = _read_hub(path)
+            elif path.endswith(".safetensors"):
+                checkpoint = safetensors.torch.load_file(path)
+            elif path.startswith(("http://", "https://")):
                 checkpoint = torch.hub.load_state_dict_from_url(
                     path, map_location="cpu", check_hash=True, weights_only=True
                 )
@@ -126,6 +140,29 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as problem:  # damaged files fail in every way that a reader can
         reason = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
     raise InputError(f"checkpoint {path} cannot be read: {reason}")
+
+
+def _read_hub(source: str) -> dict:
+    """Weights and settings of `hf-hub:OWNER/NAME` or of a folder as `timm.models.save_for_hf` has it.
+
+    The reduction's settings are in its config.json where `tools.export --format hf` wrote it.
+    """
+    if source.startswith("hf-hub:"):
+        name = source.removeprefix("hf-hub:")
+        config = load_cfg_from_json(download_from_hf(name, "config.json"))
+        weights = load_state_dict_from_hf(name, weights_only=True)
+    else:
+        config = load_cfg_from_json(Path(source, "config.json"))
+        weights = load_state_dict_from_path(source)
+    known = config["pretrained_cfg"]
+    settings = {
+        "model_name": config["architecture"],
+        "num_classes": config["num_classes"],
+        "img_size": tuple(known["input_size"][1:]),
+    }
+    settings |= config.get("model_args", {}) | config.get("reduction", {})
+    data_config = {name: known[name] for name in HUB_INPUTS if name in known}
+    return {"model": weights, "model_args": settings, "data_config": data_config}
 
 
 def _check_archive(path: str) -> None:
@@ -381,9 +418,15 @@ def model_from_checkpoint(
         model_args.setdefault("num_classes", len(weights["head.bias"]))
     if checkpoint:
         model_args.pop("pretrained", None)
+    grid = _patch_grid(stored.get("img_size"), weights)
+    asked = _patch_grid(model_args.get("img_size"), weights)
+    if "model_name" not in stored and asked and "pos_embed" in weights:
+        # What was taken for a square may be as many patches as asked for, and a class token.
+        num_positions = weights["pos_embed"].shape[1]
+        if num_positions == math.prod(asked) + model_args.get("class_token", True):
+            model_args["no_embed_class"], grid = False, asked
     model = build_model(model_args, reducing=reducing)
     if checkpoint:
-        grid = _patch_grid(stored.get("img_size"), weights)
         fit_weights(model, weights, source, old_grid=grid, new_head=new_head)
         model.pretrained_cfg = {**model.pretrained_cfg, **checkpoint.get("data_config", {})}
     return model.eval()
@@ -508,11 +551,12 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
             stored = checkpoint["args"]
             _check_schedule(stored, args, source)
             before = (stored["batch_size"], checkpoint["world_size"], stored["accum_steps"])
+            before = tuple(map(_whole, before))
         else:
             before, stored = now, vars(args)
             checkpoint = _as_own_state(state, checkpoint, source, args)
         _load_state(state, checkpoint, stored["epochs"])
-        images = state.step * _whole(before[0]) * _whole(before[1])  # of the epoch that are done
+        images = state.step * before[0] * before[1]  # of the epoch that are done
         state.step = images // (now[0] * now[1]) // args.accum_steps * args.accum_steps
     except InputError:
         raise
@@ -550,7 +594,12 @@ def _whole(value: object) -> int:
 def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None:
     """`TrainState.load_state_dict`, and whether training could go on from what it loads."""
     flagged = [dict(group) for group in state.optimizer.param_groups]
-    state.load_state_dict(checkpoint)
+    stored, own = checkpoint["lr_scheduler"], state.scheduler.state_dict()
+    for name in own.keys() - set(RESCALED):
+        if stored.get(name, own[name]) != own[name]:
+            raise ValueError(f"the scheduler's {name} was {stored[name]} and is {own[name]}")
+    kept = {name: stored[name] for name in RESCALED if name in stored}
+    state.load_state_dict(checkpoint | {"lr_scheduler": kept})
     for value in (state.epoch, state.step, state.updates):
         _whole(value)
     if state.epoch > last_epoch:
@@ -561,17 +610,19 @@ def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None
                 group.get(name, 0), flags.get(name, 0), rtol=1e-6, atol=0
             ):
                 raise ValueError(f"{name} was {group.get(name)} and is {flags.get(name)}")
+        group |= {name: value for name, value in flags.items() if isinstance(value, bool | None)}
     for parameter, moments in state.optimizer.state.items():
-        _whole(int(moments.get("step", 0)))
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             if name in moments and moments[name].shape != parameter.shape:
                 raise ValueError(f"{name} has the shape of another parameter")
+        _whole(int(moments.get("step", 0)))
     if state.epoch > 0:
         state.scheduler.step(state.epoch - 1)  # sets what is set already
     MetricLogger().load_state_dict(state.metrics)
-    numbers = [*state.best.values(), *(group["lr"] for group in state.optimizer.param_groups)]
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"best {state.best}, learning rates {numbers[len(state.best) :]}")
+    rates = [*state.scheduler.base_values, *(g["lr"] for g in state.optimizer.param_groups)]
+    for number in [*state.best.values(), *rates]:
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"accuracy or learning rate {number!r:.40}")
 
 
 def _as_own_state(

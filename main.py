@@ -235,6 +235,8 @@ def build_run_model(
         **model_args | {"drop_rate": args.drop, "drop_path_rate": drop_path},
     )
     apply_target_gmacs(args.target_gmacs, model, model_args)
+    if args.distillation_type != "none" and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training()  # the distillation token learns from the teacher
     if args.attn_only:  # as in DeiT
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".attn." in name or name.startswith(("head.", "pos_embed"))
