@@ -143,7 +143,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _read_hub(source: str) -> dict:
-    """Weights and settings of `hf-hub:OWNER/NAME` or of a folder as `timm.models.save_for_hf` has it.
+    """Weights and settings of `hf-hub:OWNER/NAME`, or of a folder of `timm.models.save_for_hf`.
 
     The reduction's settings are in its config.json where `tools.export --format hf` wrote it.
     """
