@@ -377,15 +377,9 @@ def model_from_checkpoint(
     weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
     if "head.bias" in weights:
         model_args.setdefault("num_classes", len(weights["head.bias"]))
-    grid = _patch_grid(stored.get("img_size"), weights)
-    asked = _patch_grid(model_args.get("img_size"), weights)
-    if "model_name" not in stored and asked and "pos_embed" in weights:
-        # What was taken for a square may be as many patches as asked for, and a class token.
-        num_positions = weights["pos_embed"].shape[1]
-        if num_positions == math.prod(asked) + model_args.get("class_token", True):
-            model_args["no_embed_class"], grid = False, asked
     model = build_model(model_args, reducing=reducing)
     if checkpoint:
+        grid = _patch_grid(stored.get("img_size"), weights)
         fit_weights(model, weights, source, old_grid=grid, new_head=new_head)
         model.pretrained_cfg = {**model.pretrained_cfg, **checkpoint.get("data_config", {})}
     return model.eval()
