@@ -1,18 +1,22 @@
 """A run's folder: what is written there, and how a run or a model comes back from it."""
 
 import argparse
+import ast
 import datetime
 import json
+import math
 import os
 import pickle
 import re
+import sys
 import textwrap
 import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import pairwise
-from pathlib import Path
+from itertools import takewhile
+from operator import index
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import timm
@@ -24,8 +28,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine import TrainState, set_keep_rate
 from models import BATVisionTransformer
+from models.weights import shown_settings, with_timms_names
 from utils import (
     InputError,
+    MetricLogger,
     all_reduce,
     get_world_size,
     git_hash,
@@ -43,6 +49,27 @@ SCHEDULE_FLAGS = (
     "min_lr", "warmup_lr", "warmup_epochs", "cooldown_epochs", "decay_epochs", "decay_rate",
     "lr_noise", "lr_noise_pct", "lr_noise_std", "epochs",
 )  # fmt: skip
+PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
+# What an optimizer's parameter groups must agree in with the flags.
+HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
+# What the reduction was where a checkpoint of this project does not say it: its first defaults.
+FIRST_REDUCTION = {
+    "reduction": "bat", "keep_rate": 0.7, "reduction_loc": (3, 6, 9), "cluster_ratio": 0.4,
+    "match_ratio": 0.1, "merge_weights": "importance", "reduction_seed": 0,
+}  # fmt: skip
+# Plain values in the `args` of DeiT's and EViT's runs, under all the names that versions of NumPy
+# and Python give them. Any path comes back as a pure one: its text, which touches no file.
+SAFE_GLOBALS = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU"},
+    *((np.float64().__reduce__()[0], f"numpy.{n}.multiarray.scalar") for n in ("core", "_core")),
+    *(
+        (PurePosixPath, f"{module}.{kind}Path")
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "PurePosix", "Windows", "PureWindows")
+    ),
+]
 
 # Reading ----------------------------------------------------------------------------------------
 
@@ -51,18 +78,20 @@ def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint to the CPU without running anything stored in it.
 
     Args:
-        path: a file, or an http(s) address. This project's checkpoints, DeiT's and EViT's, and
-            bare state dicts are all read.
+        path: a file, or an http(s) address. This project's checkpoints, DeiT's and EViT's,
+            facebook's and timm's DeiT-III and DINOv2, and bare state dicts are all read.
 
     Returns:
-        The stored mapping.
+        What is stored, in one layout: under "model" (and "model_ema") weights by timm's names, and
+        dicts, empty where nothing is known, under "args", "model_args" (of other projects' files
+        what the weights and EViT's args say, without "model_name") and "data_config".
 
     Raises:
         InputError: the file is missing, damaged, or not a checkpoint.
     """
     path = str(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             if path.startswith(("http://", "https://")):
                 checkpoint = torch.hub.load_state_dict_from_url(
                     path, map_location="cpu", check_hash=True, weights_only=True
@@ -70,30 +99,114 @@ def load_checkpoint(path: str | Path) -> dict:
             else:
                 _check_archive(path)
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, Mapping) or not checkpoint:
+            raise InputError(f"it holds a {type(checkpoint).__name__}, not weights")
+        return _in_one_layout(checkpoint)
     except FileNotFoundError as problem:
         raise InputError(f"no such checkpoint: {path}") from problem
     except pickle.UnpicklingError as problem:  # its message advises to run what is stored
-        raise InputError(
-            f"checkpoint {path} cannot be read: it is damaged, or holds more than tensors and "
-            "plain values"
-        ) from problem
+        reason = _refused_types(path, problem)
+    except InputError as problem:
+        reason = str(problem)
     except Exception as problem:  # damaged files fail in every way that a reader can
         reason = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
-        raise InputError(f"checkpoint {path} cannot be read ({reason})") from problem
-    if not isinstance(checkpoint, Mapping) or not checkpoint:
-        raise InputError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not weights")
-    if not isinstance(checkpoint.get("model_args") or {}, Mapping):
-        raise InputError(f"checkpoint {path}: its model_args are {checkpoint['model_args']!r:.80}")
-    return checkpoint
+    raise InputError(f"checkpoint {path} cannot be read: {reason}")
 
 
 def _check_archive(path: str) -> None:
-    """Compares the checksums in a zip archive, which `torch.load` does not look at."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"damaged: {damaged} does not match its checksum")
+    """Refuses a zip archive that `torch.load` would read with damage, or into too much memory."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells them apart
+            return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        names = {record.filename.lower() for record in records}  # torch ignores the case
+        if len(names) < len(records):
+            raise InputError("it is damaged: two of its records have one name")
+        if sum(record.file_size for record in records) > os.path.getsize(path):
+            raise InputError("its records claim to be larger than the file")
+        if (damaged := archive.testzip()) is not None:
+            raise InputError(f"it is damaged: {damaged} does not match its checksum")
+        orders = [r for r in records if r.filename.endswith("/byteorder")]
+        if any(archive.read(record) != sys.byteorder.encode() for record in orders):
+            raise InputError("its numbers are in the byte order of another machine")
+
+
+def _refused_types(path: str, problem: pickle.UnpicklingError) -> str:
+    """Says which types were refused, and how to save the weights without them."""
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            refused = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file of before torch 1.6, or a damaged one
+        refused = re.findall(r"GLOBAL (\S+) ", str(problem))
+    if not refused:
+        return "it is damaged, or holds more than tensors and plain values"
+    return (
+        f"it holds {', '.join(sorted(refused))}, and reading that could run code. If you trust "
+        'its source, save the weights alone: python -c "import torch; torch.save('
+        f"torch.load('{path}', weights_only=False)['model'], 'weights.pth')\""
+    )
+
+
+def _in_one_layout(stored: Mapping) -> dict:
+    """The contents of a checkpoint as `load_checkpoint` returns them; InputError: senseless."""
+    is_bare = "model" not in stored and "state_dict" not in stored
+    checkpoint = {"model": stored} if is_bare else dict(stored)
+    args = _plain_dict(checkpoint, "args")
+    weights = model_weights(checkpoint)
+    shown = shown_settings(weights)
+    settings = _plain_dict(checkpoint, "model_args")
+    if checkpoint.get("model_args") is None:  # another project's
+        settings = shown and _settings_in_args(args) | shown
+        weights = with_timms_names(weights, shown)
+        if checkpoint.get("model_ema") is not None:
+            average = with_timms_names(model_weights(checkpoint, ema=True), shown)
+            checkpoint["model_ema"] = average
+    else:
+        for name in shown.keys() & settings.keys() & {"embed_dim", "depth"}:
+            if settings[name] != shown[name]:
+                raise InputError(f"its {name} is {settings[name]}, its weights' {shown[name]}")
+        if str(settings.get("model_name")).startswith("bat_"):
+            settings = FIRST_REDUCTION | settings
+    crop = {"crop_pct": args["eval_crop_ratio"]} if "eval_crop_ratio" in args else {}
+    data_config = _plain_dict(checkpoint, "data_config") or crop
+    classes = checkpoint.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError("its classes are not a list of names")
+    try:  # what can be written as JSON is plain
+        json.dumps([settings, data_config], allow_nan=False)
+    except (RecursionError, TypeError, ValueError) as problem:
+        raise InputError(f"its model_args or data_config are not plain: {problem}") from problem
+    known = {"args": args, "model_args": settings, "data_config": data_config}
+    return checkpoint | {"model": weights} | known
+
+
+def _plain_dict(checkpoint: Mapping, name: str) -> dict:
+    """A dict or Namespace of a checkpoint as a dict; {} if it has none."""
+    value = checkpoint.get(name)
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"its {name} are a {type(value).__name__}, not values by name")
+    return dict(value)
+
+
+def _settings_in_args(args: Mapping) -> dict:
+    """Keywords of the model that the args of a run of DeiT or EViT say."""
+    settings = {}
+    if "input_size" in args:
+        settings["img_size"] = (args["input_size"],) * 2
+    if "base_keep_rate" in args:
+        settings["keep_rate"] = args["base_keep_rate"]
+    if "fuse_token" in args:
+        settings["reduction"] = "evit" if args["fuse_token"] else "topk"
+    if "drop_loc" in args:
+        try:
+            settings["reduction_loc"] = tuple(map(index, ast.literal_eval(str(args["drop_loc"]))))
+        except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as problem:
+            raise InputError("its drop_loc is no tuple of block indices") from problem
+    return settings
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -106,7 +219,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         for path in folder.glob("checkpoint.*.pth")
         if (match := re.fullmatch(r"checkpoint\.(\d+)\.pth", path.name))
     }
-    newest = [folder / "checkpoint.pending.pth", folder / "checkpoint.pth"]
+    newest = [folder / PENDING, folder / "checkpoint.pth"]
     older = [numbered[index] for index in sorted(numbered)]
     return [path for path in newest + older if path.is_file()]
 
@@ -145,22 +258,29 @@ def model_weights(checkpoint: Mapping, *, ema: bool = False) -> dict[str, Tensor
     key = "model_ema" if ema else "model"
     weights = checkpoint.get(key, None if ema else checkpoint.get("state_dict", checkpoint))
     if not isinstance(weights, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+        isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)
+        for name, value in weights.items()
     ):
         raise InputError(f"the checkpoint holds no weights under '{key}'")
     return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return is_dense and not tensor.is_complex() and not tensor.is_quantized
 
 
 def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
     """`timm.create_model(**model_args)`; what does not fit or (`reducing`) reduce: `InputError`."""
     name = model_args["model_name"]
     own = ", ".join(timm.list_models(module="bat"))
-    if not timm.is_model(name):
+    if not isinstance(name, str) or not timm.is_model(name):
         raise InputError(f"unknown model '{name}'; choose from {own}")
     try:
         model = timm.create_model(**model_args)
-    except (TypeError, ValueError, AssertionError) as problem:
-        raise InputError(f"cannot build {name}: {problem}") from problem
+    except Exception as problem:  # every layer refuses in its own way what does not fit it
+        reason = str(problem).strip().partition("\n")[0]
+        raise InputError(f"cannot build {name}: {reason or type(problem).__name__}") from problem
     if not reducing:
         return model
     if not isinstance(model, BATVisionTransformer):
@@ -206,9 +326,14 @@ def model_from_checkpoint(
     if ema and not checkpoint:
         raise InputError("--ema needs a checkpoint: random weights have no moving average")
     stored = dict(checkpoint.get("model_args") or {})
+    own_name = stored.get("model_name")
     model_args = stored | overrides
+    if model_args.get("model_name") != own_name:  # another model has its own settings, at least
+        left_out = stored if own_name else ("embed_dim", "depth", "num_heads")
+        kept = {name: value for name, value in stored.items() if name not in left_out}
+        model_args = kept | overrides
     if "model_name" not in model_args:
-        raise InputError(f"{source} does not say how its model was made (no 'model_args')")
+        raise InputError(f"{source} does not say which model it is of (no 'model_args')")
     weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
     if "head.bias" in weights:
         model_args.setdefault("num_classes", len(weights["head.bias"]))
@@ -250,21 +375,33 @@ def fit_weights(
     """
     own = model.state_dict()
     if isinstance(model, VisionTransformer):
-        weights = _fit_positions(model, dict(weights), old_grid, drop_distillation=new_head)
+        with suppress(Exception):  # what cannot be resampled is named below with all that differs
+            weights = _fit_positions(model, dict(weights), old_grid, drop_distillation=new_head)
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
     reshaped = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    retyped = [
+        n
+        for n in own
+        if n in weights and own[n].is_floating_point() != weights[n].is_floating_point()
+    ]
     replaceable = ("head", "dist_token") if new_head else ()
-    differing = [*missing, *unexpected, *reshaped]
+    differing = [*missing, *unexpected, *reshaped, *retyped]
     if not all(name.startswith(replaceable) for name in differing):
         shapes = [
             f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
             for name in reshaped
         ]
-        kinds = {"of another shape": shapes, "missing": missing, "unexpected": unexpected}
+        kinds = {"of another shape": shapes, "of another type": retyped}
+        kinds |= {"missing": missing, "unexpected": unexpected}
         words = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
         words = textwrap.shorten(words, 400, placeholder=" and more")
-        raise InputError(f"{source} is for another model; {words}")
+        kind = "another model"
+        if "dist_token" in unexpected:
+            kind = "a distilled model, from which --finetune can start"
+        elif "blocks.0.mlp.fc1.weight" not in reshaped and "blocks.0.mlp.fc2.weight" in reshaped:
+            kind = "a model with gated MLPs (SwiGLU)"
+        raise InputError(f"{source} is for {kind}; {words}")
     model.load_state_dict(own | {n: weights[n] for n in own if n not in differing})
     if differing:
         logger.info(f"not loaded from {source}: {', '.join(differing)}")
@@ -278,19 +415,21 @@ def _fit_positions(
     drop_distillation: bool,
 ) -> dict[str, Tensor]:
     """The weights with a position embedding for the model's tokens; DeiT's names made timm's."""
-    embedding = weights.get("pos_embed")
+    embedding = weights.pop("pos_embed", None)
     if drop_distillation and "dist_token" in weights and not hasattr(model, "dist_token"):
         embedding = torch.cat([embedding[:, :1], embedding[:, 2:]], dim=1)  # class token, patches
-    if embedding is not None and old_grid not in (None, model.patch_embed.grid_size):
+    weights = checkpoint_filter_fn(weights, model)
+    if embedding is None:
+        return weights
+    new_grid, is_fit = model.patch_embed.grid_size, embedding.shape == model.pos_embed.shape
+    if old_grid not in (None, new_grid) or (old_grid is None and not is_fit):
         embedding = resample_abs_pos_embed(
             embedding,
-            new_size=list(model.patch_embed.grid_size),
-            old_size=list(old_grid),
+            new_size=list(new_grid),
+            old_size=list(old_grid) if old_grid else None,
             num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
         )
-    if embedding is not None:
-        weights["pos_embed"] = embedding
-    return checkpoint_filter_fn(weights, model)
+    return weights | {"pos_embed": embedding}
 
 
 # Resuming ---------------------------------------------------------------------------------------
@@ -312,35 +451,123 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
         InputError: the checkpoint holds weights only, its training state makes no sense, or the
             flags ask for another schedule.
     """
-    if checkpoint.get("optimizer") is None or "updates" not in checkpoint:
+    if checkpoint.get("optimizer") is None or "epoch" not in checkpoint:
         raise InputError(f"{source} holds no training state: use --finetune, or add --eval")
-    own = state.model.state_dict()
-    if any(own[n].shape != value.shape for n, value in model_weights(checkpoint).items()):
+    own, weights = state.model.state_dict(), model_weights(checkpoint)
+    if any(n in weights and own[n].shape != weights[n].shape for n in own):
         raise InputError(f"{source} was trained at another input size: use --finetune")
+    now = (args.batch_size, get_world_size(), args.accum_steps)
+    is_own = "updates" in checkpoint
     try:
-        _check_schedule(checkpoint["args"], args, source)
-        state.load_state_dict(checkpoint)
-        stored = checkpoint["args"]
-        before = (stored["batch_size"], checkpoint["world_size"], stored["accum_steps"])
-        now = (args.batch_size, get_world_size(), args.accum_steps)
-        images = state.step * before[0] * before[1]  # of the epoch that are done
+        if is_own:
+            stored = checkpoint["args"]
+            _check_schedule(stored, args, source)
+            before = (stored["batch_size"], checkpoint["world_size"], stored["accum_steps"])
+        else:
+            before, stored = now, vars(args)
+            checkpoint = _as_own_state(state, checkpoint, source, args)
+        _load_state(state, checkpoint, stored["epochs"])
+        images = state.step * _whole(before[0]) * _whole(before[1])  # of the epoch that are done
         state.step = images // (now[0] * now[1]) // args.accum_steps * args.accum_steps
-        if state.epoch < 0 or state.step < 0:
-            raise ValueError(f"epoch {state.epoch}, step {state.step}")
     except InputError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except Exception as e:  # the state of another run fails in every way
         reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise InputError(f"{source} holds a training state of another run: {reason}") from e
+        raise InputError(
+            f"{source} holds a training state that cannot be continued ({reason}): use --finetune, "
+            "or add --eval"
+        ) from e
     if state.ema is not None and checkpoint.get("model_ema") is not None:
         fit_weights(state.ema.module, model_weights(checkpoint, ema=True), source)
     set_keep_rate(state, state.model.keep_rates)
     logger.info(f"resumed {source} at epoch {state.epoch}, step {state.step}")
+    if not is_own:
+        average = "" if checkpoint.get("model_ema") is None else ", moving average"
+        logger.info(
+            f"it is DeiT's or EViT's: weights{average}, optimizer and learning rate go on; the "
+            "order of the images and what is drawn for them are not that run's, and its best "
+            "accuracy is not known"
+        )
     if before != now:
         logger.info(
             f"batch size, processes and gradient accumulation steps were {before} and are {now}: "
             "the epoch goes on after as many images, the learning rates stay"
         )
+
+
+def _whole(value: object) -> int:
+    """The value, if it is an integer that can count something; ValueError otherwise."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} counts nothing")
+    return value
+
+
+def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None:
+    """`TrainState.load_state_dict`, and whether training could go on from what it loads."""
+    flagged = [dict(group) for group in state.optimizer.param_groups]
+    state.load_state_dict(checkpoint)
+    for value in (state.epoch, state.step, state.updates):
+        _whole(value)
+    if state.epoch > last_epoch:
+        raise ValueError(f"epoch {state.epoch} of {last_epoch}")
+    for group, flags in zip(state.optimizer.param_groups, flagged, strict=True):
+        for name in HYPERPARAMETERS:
+            if (name in group) != (name in flags) or not np.allclose(
+                group.get(name, 0), flags.get(name, 0), rtol=1e-6, atol=0
+            ):
+                raise ValueError(f"{name} was {group.get(name)} and is {flags.get(name)}")
+    for parameter, moments in state.optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if name in moments and moments[name].shape != parameter.shape:
+                raise ValueError(f"{name} has the shape of another parameter")
+    if state.epoch > 0:
+        state.scheduler.step(state.epoch - 1)  # sets what is set already
+    MetricLogger().load_state_dict(state.metrics)
+    numbers = [*state.best.values(), *(group["lr"] for group in state.optimizer.param_groups)]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"best {state.best}, learning rates {numbers[len(state.best) :]}")
+
+
+def _as_own_state(
+    state: TrainState, checkpoint: Mapping, source: str, args: argparse.Namespace
+) -> dict:
+    """The training state of a run of DeiT or EViT after an epoch, as `TrainState` has it.
+
+    The schedule is the flags'. They overwrite --lr by its scaled value, so that the learning rate
+    of the optimizer tells whether the flags are that run's.
+    """
+    if (opt := checkpoint["args"].get("opt", args.opt)) != args.opt:
+        raise ValueError(f"--opt was {opt} and is {args.opt}")
+    epoch, stored = _whole(checkpoint["epoch"]), checkpoint["optimizer"]
+    own_groups = state.optimizer.state_dict()["param_groups"]
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    rank = {name: index for index, name in enumerate(model_weights(checkpoint))}
+    state.scheduler.step(epoch)
+    groups, moments = [], {}
+    for live, own, theirs in zip(
+        state.optimizer.param_groups, own_groups, stored["param_groups"], strict=True
+    ):
+        if not math.isclose(live["lr"], theirs["lr"], rel_tol=1e-6):
+            raise InputError(
+                f"{source} was at learning rate {theirs['lr']:.6g} after epoch {epoch}, but the "
+                f"flags' schedule is at {live['lr']:.6g}: repeat that run's --lr, --min-lr, "
+                "--epochs, --warmup-epochs and total batch, or start another run with --finetune"
+            )
+        groups.append(own | {name: theirs[name] for name in HYPERPARAMETERS if name in theirs})
+        # A group lists its parameters in their order in the model, which may be another here.
+        places = [rank[names[id(parameter)]] for parameter in live["params"]]
+        for place, number in zip(sorted(places), theirs["params"], strict=True):
+            moments[own["params"][places.index(place)]] = stored["state"][number]
+    return checkpoint | {
+        "optimizer": {"state": moments, "param_groups": groups},
+        "lr_scheduler": state.scheduler.state_dict(),
+        "scaler": checkpoint.get("scaler"),
+        "epoch": epoch + 1,
+        "step": 0,
+        "updates": int(max(entry.get("step", 0) for entry in moments.values())),
+        "best": {},
+        "metrics": {},
+    }
 
 
 def _check_schedule(stored: Mapping, args: argparse.Namespace, source: str) -> None:
@@ -424,6 +651,8 @@ class RunFolder:
         with writing(self.folder):
             if not source or Path(source).resolve().parent != self.folder.resolve():
                 self._set_aside()
+            elif Path(source).name == PENDING:  # a kill came between writing and renaming
+                self._put_in_place()
             kept = [entry for entry in read_log(self.log_path) if entry["epoch"] < first_epoch]
             lines = "".join(json.dumps(entry) + "\n" for entry in kept)
             # Always written anew: a crash may have cut off the last line.
@@ -466,14 +695,21 @@ class RunFolder:
 
         The ones before it stay as checkpoint.1.pth (the newest of them), checkpoint.2.pth, ...
         """
-        older = [self.folder / f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)]
-        newest, pending = self.folder / "checkpoint.pth", self.folder / "checkpoint.pending.pth"
-        self._write(state.state_dict(), pending)
-        with writing(newest):
-            for younger, path in reversed(list(pairwise([newest, *older]))):
-                if younger.exists():
-                    os.replace(younger, path)
-            os.replace(pending, newest)
+        self._write(state.state_dict(), self.folder / PENDING)
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Makes the pending checkpoint the newest; a kill at any rename leaves it to be done."""
+        names = [
+            "checkpoint.pth",
+            *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)),
+        ]
+        files = [self.folder / name for name in names]
+        with writing(files[0]):
+            present = len(list(takewhile(Path.exists, files)))  # a gap takes the one before it
+            for index in range(min(present, len(files) - 1), 0, -1):
+                os.replace(files[index - 1], files[index])
+            os.replace(self.folder / PENDING, files[0])
 
     def save_best(self, state: TrainState) -> None:
         """Writes best.pth: the weights and what rebuilds the model, without the optimizer."""

@@ -49,7 +49,14 @@ from engine import (
 )
 from inputs.cache import CachedLoader, build_cached_loader
 from losses import DistillationLoss
-from models import BATVisionTransformer, count_gmacs, count_parameters, describe, find_keep_rate
+from models import (
+    BATVisionTransformer,
+    count_gmacs,
+    count_parameters,
+    describe,
+    describe_reduction,
+    find_keep_rate,
+)
 from samplers import EvalSampler, TrainSampler
 from utils import (
     AMP_DTYPES,
@@ -485,7 +492,8 @@ def run(args: argparse.Namespace) -> None:
     # Model
     model = build_run_model(args, model_args, source, checkpoint).to(device)
     facts = {"gmacs": count_gmacs(model), "parameters": count_parameters(model)}
-    logger.info(f"{model_args}\n{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")
+    logger.info(f"{model_args}\n{describe_reduction(model)}")
+    logger.info(f"{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")
     if args.eval:
         if args.compile:
             model.compile(dynamic=False)
@@ -500,7 +508,8 @@ def run(args: argparse.Namespace) -> None:
     facts |= start_state(args, state, train_loader, resumed, checkpoint)
     folder = None
     if output_dir is not None and is_main_process():
-        folder = RunFolder(output_dir, args, model_args, val_dataset.classes)
+        settings = model.reduction_settings() | model_args  # defaults too: they may change
+        folder = RunFolder(output_dir, args, settings, val_dataset.classes)
         folder.start(state.epoch, facts, source=resumed)
     try:
         loaders = train_loader, val_loader

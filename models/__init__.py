@@ -1,7 +1,13 @@
 """Importing this package registers every model with timm."""
 
 from . import bat
-from .complexity import count_gmacs, count_parameters, describe, find_keep_rate
+from .complexity import (
+    count_gmacs,
+    count_parameters,
+    describe,
+    describe_reduction,
+    find_keep_rate,
+)
 from .reduction import REDUCTIONS
 from .vit import BATVisionTransformer
 
@@ -12,5 +18,6 @@ __all__ = [
     "count_gmacs",
     "count_parameters",
     "describe",
+    "describe_reduction",
     "find_keep_rate",
 ]

@@ -56,6 +56,15 @@ def count_gmacs(model: nn.Module) -> float:
     return gmacs_by_module(model)[""]
 
 
+def describe_reduction(model: BATVisionTransformer) -> str:
+    """The model's reduction in one line."""
+    return (
+        f"reduction {model.reduction}, keep rates {_join(model.keep_rates)}, "
+        f"blocks {_join(model.reduction_loc)}, cluster ratio {model.cluster_ratio:g}, "
+        f"match ratio {model.match_ratio:g}, merge weights {model.merge_weights}"
+    )
+
+
 def describe(model: BATVisionTransformer) -> str:
     """The model's reduction in one line, then tokens and GMACs of every block as a table."""
     gmacs = gmacs_by_module(model)
@@ -65,9 +74,7 @@ def describe(model: BATVisionTransformer) -> str:
     columns = "{:>5}  {:>5}  {:>5}  {:>5}  {:>9}  {:>5}  {:>8}  {:>11}  {:>7}"
     names = ("block", "in", "out", "keep", "attentive", "pairs", "clusters", "inattentive", "GMACs")
     lines = [
-        f"reduction {model.reduction}, keep rates {_join(model.keep_rates)}, "
-        f"blocks {_join(model.reduction_loc)}, cluster ratio {model.cluster_ratio:g}, "
-        f"match ratio {model.match_ratio:g}, merge weights {model.merge_weights}",
+        describe_reduction(model),
         f"parameters: {count_parameters(model):,}; prefix tokens, beside the patch tokens below: "
         f"{model.num_prefix_tokens}",
         columns.format(*names),

@@ -239,11 +239,25 @@ class BATVisionTransformer(VisionTransformer):
         self.cluster_ratio = cluster_ratio
         self.match_ratio = match_ratio
         self.merge_weights = merge_weights
+        self.reduction_seed = reduction_seed
 
     @property
     def keep_rates(self) -> tuple[float, ...]:
         """The keep rate of each reducing block."""
         return tuple(self.blocks[index].keep_rate for index in self.reduction_loc)
+
+    def reduction_settings(self) -> dict:
+        """The keywords of `BATVisionTransformer` that make this reduction, none left out."""
+        rates = self.keep_rates
+        return {
+            "keep_rate": rates[0] if len(set(rates)) == 1 else rates,
+            "reduction": self.reduction,
+            "reduction_loc": self.reduction_loc,
+            "cluster_ratio": self.cluster_ratio,
+            "match_ratio": self.match_ratio,
+            "merge_weights": self.merge_weights,
+            "reduction_seed": self.reduction_seed,
+        }
 
     def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
         """Changes the keep rate, of all reducing blocks or of each; bad values change nothing."""

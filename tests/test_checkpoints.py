@@ -53,7 +53,7 @@ def save_as_deit(model, path: Path, **more: object) -> Path:
 
 def test_deits_checkpoints_evaluate(call_main: RunMain, data_path: Path, tmp_path: Path) -> None:
     path = save_as_deit(build_tiny(), tmp_path / "deit.pth")
-    assert load_checkpoint(path)["args"].drop_loc == "(3, 6, 9)"
+    assert load_checkpoint(path)["args"]["drop_loc"] == "(3, 6, 9)"
     for reduction in ("evit", "none"):
         done = call_main(
             *TINY_FLAGS, *RUN_FLAGS, "--data-path", data_path, "--eval", "--resume", path,
@@ -151,7 +151,7 @@ def test_interrupted_writing_leaves_the_old_file(
     path = tmp_path / "checkpoint.pth"
 
     def save(epoch: int) -> None:
-        write_atomically(path, lambda file: torch.save({"epoch": epoch}, file))
+        write_atomically(path, lambda file: torch.save({"model": {}, "epoch": epoch}, file))
 
     save(1)
     before = path.read_bytes()
@@ -167,7 +167,7 @@ def test_interrupted_writing_leaves_the_old_file(
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["checkpoint.pth"], "no part of the new one stays"
     save(2)
-    assert load_checkpoint(path) == {"epoch": 2}
+    assert load_checkpoint(path)["epoch"] == 2
     with pytest.raises(RuntimeError, match="out of memory"):  # no failure to write
         write_atomically(path, Mock(side_effect=RuntimeError("CUDA error: out of memory")))
 

@@ -1,0 +1,75 @@
+"""What the weights of a plain Vision Transformer show: its settings, and timm's names for them."""
+
+from collections.abc import Mapping
+from math import isqrt
+
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+# By convention these have 16 heads, and all others a head for 64 channels.
+WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
+
+
+def shown_settings(weights: Mapping[str, Tensor]) -> dict:
+    """Keywords of timm's VisionTransformer beside its defaults; {} for another model's weights.
+
+    Read are the layouts of timm (DeiT, DeiT-III, DINOv2 with and without registers and their like)
+    and of facebook's DeiT-III and DINOv2.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    names, block = shapes.keys(), "blocks.0."
+    kernel = shapes.get("patch_embed.proj.weight", ())
+    if len(kernel) != 4 or f"{block}attn.qkv.weight" not in names:
+        return {}
+    width, in_chans, *patch = kernel
+    hidden = shapes.get(f"{block}mlp.fc1.weight", (4 * width,))[0]
+    ratios = hidden / width, (hidden + 0.5) / width  # timm rounds the product down
+    head_width = width // 16 if width in WIDTHS_OF_16_HEADS else 64
+    head_width = shapes.get(f"{block}attn.q_norm.weight", (head_width,))[0]
+    num_registers = shapes.get("reg_token", shapes.get("register_tokens", (1, 0)))[1]
+    # A square of patches has positions, and beside it none, some or all of the other tokens.
+    length = shapes.get("pos_embed", (1, -1))[1]
+    num_prefix = len({"cls_token", "dist_token"} & names)
+    counts = (0, num_prefix, num_prefix + num_registers)
+    placed = next((n for n in counts if isqrt(max(0, length - n)) ** 2 == length - n), length)
+    side = isqrt(max(0, length - placed))
+    settings = (
+        ("embed_dim", width, True),
+        ("depth", len({name.split(".")[1] for name in names if name.startswith("blocks.")}), True),
+        ("num_heads", width // head_width, width % head_width == 0),
+        ("patch_size", patch[0] if patch[0] == patch[1] else tuple(patch), True),
+        ("img_size", (side * patch[0], side * patch[1]), side > 0),
+        ("mlp_ratio", max(ratios, key=lambda r: int(width * r) == hidden), hidden != 4 * width),
+        ("init_values", 1e-5, not names.isdisjoint({f"{block}ls1.gamma", f"{block}gamma_1"})),
+        ("no_embed_class", True, placed == 0 or "register_tokens" in names),
+        ("reg_tokens", num_registers, num_registers > 0),
+        ("qkv_bias", False, f"{block}attn.qkv.bias" not in names),
+        ("proj_bias", False, f"{block}attn.proj.bias" not in names),
+        ("qk_norm", True, f"{block}attn.q_norm.weight" in names),
+        ("scale_attn_norm", True, f"{block}attn.norm.weight" in names),
+        ("scale_mlp_norm", True, f"{block}mlp.norm.weight" in names),
+        ("pre_norm", True, "norm_pre.weight" in names),
+        ("class_token", False, "cls_token" not in names),
+        ("global_pool", "avg", "fc_norm.weight" in names),
+        ("in_chans", in_chans, in_chans != 3),
+        ("num_classes", shapes.get("head.bias", (0,))[0], "head.bias" in names),
+    )
+    return {name: value for name, value, is_shown in settings if is_shown}
+
+
+def with_timms_names(weights: dict[str, Tensor], shown: dict) -> dict[str, Tensor]:
+    """The weights of facebook's DeiT-III or DINOv2 under timm's names, any others as they are.
+
+    Args:
+        weights: tensors by parameter name.
+        shown: their `shown_settings`.
+
+    Returns:
+        The same tensors; with registers facebook's position of the class token goes into the token.
+    """
+    if not shown or not {"mask_token", "blocks.0.gamma_1"} & weights.keys():
+        return weights
+    with torch.device("meta"):  # a model of the weights' own grid, so that nothing is resampled
+        model = VisionTransformer(**shown | {"depth": 1, "num_heads": 1, "qk_norm": False})
+    return checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
