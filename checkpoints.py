@@ -57,6 +57,10 @@ FIRST_REDUCTION = {
     "reduction": "bat", "keep_rate": 0.7, "reduction_loc": (3, 6, 9), "cluster_ratio": 0.4,
     "match_ratio": 0.1, "merge_weights": "importance", "reduction_seed": 0,
 }  # fmt: skip
+# Keywords of timm.create_model that name other weights than the checkpoint's.
+WEIGHT_SOURCES = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+)  # fmt: skip
 # Plain values in the `args` of DeiT's and EViT's runs, under all the names that versions of NumPy
 # and Python give them. Any path comes back as a pure one: its text, which touches no file.
 SAFE_GLOBALS = [
@@ -123,6 +127,8 @@ def _check_archive(path: str) -> None:
         names = {record.filename.lower() for record in records}  # torch ignores the case
         if len(names) < len(records):
             raise InputError("it is damaged: two of its records have one name")
+        if any(record.external_attr & 0x10 for record in records):  # torch reads nothing of it
+            raise InputError("it is damaged: one of its records is marked as a folder")
         if sum(record.file_size for record in records) > os.path.getsize(path):
             raise InputError("its records claim to be larger than the file")
         if (damaged := archive.testzip()) is not None:
@@ -177,6 +183,10 @@ def _in_one_layout(stored: Mapping) -> dict:
         json.dumps([settings, data_config], allow_nan=False)
     except (RecursionError, TypeError, ValueError) as problem:
         raise InputError(f"its model_args or data_config are not plain: {problem}") from problem
+    sizes = np.atleast_1d(settings.get("img_size", 1))
+    if sizes.dtype.kind != "i" or sizes.shape not in ((1,), (2,)) or sizes.min() < 1:
+        raise InputError(f"its img_size is {settings['img_size']!r:.80}")
+    settings = {name: settings[name] for name in settings if name not in WEIGHT_SOURCES}
     known = {"args": args, "model_args": settings, "data_config": data_config}
     return checkpoint | {"model": weights} | known
 

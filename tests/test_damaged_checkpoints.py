@@ -1,19 +1,27 @@
 """A damaged checkpoint is refused in one line, or it gives back exactly what was stored."""
 
+import math
 import pickle
 import random
+import subprocess
+import sys
 import tempfile
+import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_FLAGS, Run, RunMain
 from fault_helpers import (
     MODEL_FLAGS,
+    REPOSITORY,
     Launcher,
     assert_identical,
     assert_same_run,
     let_a_second_pass,
     load,
+    rewrite_archive,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -107,6 +115,75 @@ def test_every_changed_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:
         assert refused(path)
     path.write_bytes(WHOLE)
     assert not refused(path)
+
+
+def test_every_changed_bit_of_the_tail_is_noticed_or_harmless(tmp_path: Path) -> None:
+    """The archive's directory, which readers of zip files are free to understand differently."""
+    path = tmp_path / "checkpoint.pth"
+    for place in range(WHOLE.index(b"PK\x01\x02"), len(WHOLE)):
+        for bit in (1, 16, 128):
+            damaged = bytearray(WHOLE)
+            damaged[place] ^= bit
+            path.write_bytes(damaged)
+            refused(path)
+
+
+def swapped(data: bytes) -> bytes:
+    return b"big" if data == b"little" else b"little"
+
+
+def test_byte_order_of_another_machine(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.pth", tmp_path / "checkpoint.pth"
+    whole.write_bytes(WHOLE)
+    rewrite_archive(whole, path, {"byteorder": swapped})
+    torch.load(path, weights_only=True)  # goes through, with other numbers
+    assert refused(path)
+    rewrite_archive(whole, path, {})
+    assert not refused(path)
+
+
+@pytest.mark.parametrize("name", ["data/0", "DATA/0", "data.pkl"])
+def test_two_records_of_one_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(WHOLE)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what zipfile says to it
+        folder, _, _ = archive.namelist()[0].partition("/")
+        archive.writestr(f"{folder}/{name}", archive.read(f"{folder}/{name.lower()}"))
+    assert refused(path)
+
+
+def peak_memory_of_reading(path: Path) -> float:
+    """MiB that reading a checkpoint takes, beside what the imports have taken."""
+    code = (
+        "import resource, sys\n"
+        "from checkpoints import load_checkpoint\n"
+        "from utils import InputError\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak()\n"
+        "try: load_checkpoint(sys.argv[1])\n"
+        "except InputError as problem: print(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["compressed", "storage", "legacy"])
+def test_claims_of_a_gigabyte_take_no_memory(tmp_path: Path, kind: str) -> None:
+    path, plain = tmp_path / "checkpoint.pth", tmp_path / "plain.pth"
+    torch.save({"model": {"weight": torch.ones(200)}}, plain,
+               _use_new_zipfile_serialization=kind != "legacy")  # fmt: skip
+    few, many = b"K\xc8", b"J" + (2**28).to_bytes(4, "little")  # 200 and a gigabyte of floats
+    if kind == "legacy":
+        path.write_bytes(plain.read_bytes().replace(few, many))
+    elif kind == "storage":
+        rewrite_archive(plain, path, {"data.pkl": lambda data: data.replace(few, many)})
+    else:
+        with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, bytes(2**30) if name.endswith("data/0") else old.read(name))
+    assert peak_memory_of_reading(path) < 100
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])

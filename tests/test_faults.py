@@ -3,22 +3,26 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run, RunMain
 from fault_helpers import (
     Launcher,
+    assert_identical,
     assert_same_run,
     let_a_second_pass,
+    load,
     newest_version,
     progress,
     read_entries,
 )
 
-from checkpoints import latest_checkpoint, load_checkpoint
+from checkpoints import RunFolder, latest_checkpoint, load_checkpoint
 from utils import InputError, make_deterministic
 
 pytest_plugins = ("fault_fixtures",)
@@ -125,6 +129,66 @@ def test_killed_before_the_first_checkpoint(
     let_a_second_pass()
     assert "resumed" not in launcher.main(*flags).finish()
     assert_same_run(tmp_path, undisturbed)
+
+
+class Killed(BaseException):
+    """Nothing is cleaned up after it, as after a kill."""
+
+
+def killed_in_last_save(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Raises `Killed` before one of the file operations that write the last checkpoint."""
+    left = iter(range(number, -1, -1))
+    is_last = False
+
+    def watch(owner: object, name: str) -> None:
+        operation = getattr(owner, name)
+
+        def call(*args: object) -> object:
+            if is_last and next(left) == 0:
+                raise Killed
+            return operation(*args)
+
+        patch.setattr(owner, name, call)
+
+    def save(self, state) -> None:
+        nonlocal is_last
+        is_last = state.epoch == 4
+        whole_save(self, state)
+
+    whole_save = RunFolder.save
+    patch.setattr(RunFolder, "save", save)
+    for owner, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        watch(owner, name)
+
+
+@pytest.mark.parametrize(("keep", "operations"), [(1, 5), (3, 7)])
+def test_killed_at_every_file_operation_of_a_save(
+    call_main: RunMain, trained: Run, tmp_path: Path, keep: int, operations: int
+) -> None:
+    """Of the last save, so that nothing but the resumed run's start can mend the folder."""
+    flags = [*trained.flags, "--keep-checkpoints", keep, "--resume", "auto", "--output-dir"]
+    undisturbed, three_epochs = tmp_path / "undisturbed", tmp_path / "three_epochs"
+    assert call_main(*flags, undisturbed).returncode == 0
+    for number in range(operations):
+        folder = tmp_path / str(number)
+        if number:
+            shutil.copytree(three_epochs, folder)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            killed_in_last_save(patch, number)
+            call_main(*flags, folder if number else three_epochs)
+        if not number:
+            shutil.copytree(three_epochs, folder)
+        assert call_main(*flags, folder).returncode == 0
+        files = {path.name for path in undisturbed.iterdir()}
+        assert {path.name for path in folder.iterdir()} == files
+        for name in (name for name in files if name.endswith(".pth")):
+            found, expected = load(folder / name), load(undisturbed / name)
+            for key in expected.keys() - {"args", "git_hash"}:
+                assert_identical(found[key], expected[key], f"{number} {name} {key}")
+        assert read_entries(folder) == read_entries(undisturbed)
+    with pytest.MonkeyPatch.context() as patch:  # there are no more operations than these
+        killed_in_last_save(patch, operations)
+        assert call_main(*flags, three_epochs).returncode == 0
 
 
 def test_deterministic_runs_agree(
