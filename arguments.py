@@ -7,9 +7,11 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
@@ -18,6 +20,8 @@ from models.reduction import MERGE_WEIGHTS
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
 DEFAULT_SIZE = (224, 224)
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19", "DEMO")
+DEFAULT_CROP = 0.875
+DEFAULT_DROP_PATH = 0.1
 AMP_CHOICES = ("auto", "off", "fp16", "bf16")
 REDUCTION_FLAGS = (
     "keep_rate",
@@ -27,8 +31,14 @@ REDUCTION_FLAGS = (
     "match_ratio",
     "merge_weights",
 )
-# Keywords of the model that have a flag, and so cannot be given in --model-kwargs.
+# Keywords of the model that have a flag, or another way, and so cannot be given in --model-kwargs.
 KEYWORD_FLAGS = {
+    "checkpoint_path": "--finetune",
+    "pretrained": "--finetune",
+    "pretrained_cfg": "--finetune",
+    "pretrained_cfg_overlay": "--finetune",
+    "features_only": "forward_with_assignments in Python",
+    "in_chans": "images of three channels",
     "model_name": "--model",
     "img_size": "--input-size",
     "num_classes": "--nb-classes",
@@ -36,13 +46,30 @@ KEYWORD_FLAGS = {
     "drop_path_rate": "--drop-path",
 }
 KEYWORD_FLAGS |= {name: f"--{name.replace('_', '-')}" for name in REDUCTION_FLAGS}
+# Flags of DeiT's and EViT's parsers that change nothing here, and why.
+NO_EFFECT = {
+    "the launcher says it": "--world-size --dist-url --dist-backend --distributed --local-rank "
+    "--nodes --node --ngpus --gpu --use-volta32",
+    "DeiT has no use for it either": "--resplit",
+    "--sched plateau is not offered": "--patience-epochs",
+}
+# Flags of theirs that start something else, and the command that does it here.
+ANSWERS = {
+    "--test-speed": "python -m tools.benchmark measures the speed",
+    "--only-test-speed": "python -m tools.benchmark measures the speed",
+    "--visualize-mask": "python visualize_mask.py --checkpoint FILE --data-path FOLDER draws it",
+    "--n-visualization": "python visualize_mask.py takes --num-images N",
+    "--use-lmdb": "--data-path reads the image files themselves; for small images, --image-cache "
+    "FOLDER keeps them decoded in one file",
+}
 # The interval, ends included, that the values of flags must be in; infinity itself is refused.
 RANGES = {
-    (1, math.inf): "batch_size epochs epoch_images accum_steps eval_interval print_freq "
-    "keep_checkpoints",
-    (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers "
-    "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
+    (1, math.inf): "batch_size epoch_images accum_steps eval_interval print_freq max_image_pixels",
+    (1, 10**6): "epochs keep_checkpoints",
+    (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers",
+    (0, 10**6): "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
     (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
+    (1, 1000): "recount",
     (0, 0.999): "drop drop_path smoothing",
     (1e-3, 1): "eval_crop_ratio",
     (1e-9, math.inf): "clip_grad distillation_tau dist_timeout",
@@ -54,7 +81,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one that the help does not explain already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", {}) or "default:" in (action.help or ""):
+        silent = action.default is False or action.default in (None, "", {})
+        if silent or "default:" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -95,6 +123,31 @@ class _KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
+class _Blocks(argparse.Action):
+    """Stores block indices, given as 3 6 9 or, as EViT has it, as "(3, 6, 9)"."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        words = " ".join(values).translate(str.maketrans("(),[]", "     ")).split()
+        try:
+            setattr(namespace, self.dest, [int(word) for word in words])
+        except ValueError:
+            parser.error(f"{option_string} takes block indices, got '{' '.join(values)}'")
+
+
+class _NoEffect(argparse.Action):
+    """Takes a flag that changes nothing, with or without a value, and notes that it was given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), option_string])
+
+
+class _Answer(argparse.Action):
+    """Ends the program with what to run instead of a flag."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.error(f"{option_string}: {ANSWERS[option_string]}")
+
+
 class _Size(argparse.Action):
     """Stores one or two lengths as (height, width)."""
 
@@ -130,7 +183,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the tokens that leave a reducing block, in (0, 1]: one value, or one per "
         "block; default: the checkpoint's, or 0.7")
     add("--reduction", choices=tuple(REDUCTIONS), help="method; default: the checkpoint's, or bat")
-    add("--reduction-loc", type=int, nargs="*", metavar="BLOCK",
+    add("--reduction-loc", "--drop-loc", nargs="*", metavar="BLOCK", action=_Blocks,
         help="indices of the reducing blocks, from 0; default: the checkpoint's, or 3 6 9")
     add("--cluster-ratio", type=float,
         help="share of the kept tokens spent on clusters, in [0, 1]; 0 drops the inattentive "
@@ -152,27 +205,49 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--download", default=False, help="let torchvision download the data set")
     add("--bad-images", choices=("error", "skip"), default="error",
         help="an unreadable image ends the run with its path, or is replaced and counted")
-    add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
+    add_image_arguments(add)
+
+
+def add_image_arguments(add: Callable) -> None:
+    """Adds the flags that say how an image becomes the model's input; `add` is add_argument."""
+    add("--max-image-pixels", type=int, default=89_000_000, metavar="N",
+        help="larger images count as unreadable, before they are decoded; the default is 1/4 GiB "
+        "of RGB, and 178956970 is as far as Pillow goes")
+    add("--eval-crop-ratio", type=float,
+        help=f"crop of the resized image, in (0, 1]; default: the checkpoint's, or {DEFAULT_CROP}")
+    for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        add(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
+            help=f"{name} of the images, in 0 to 1; default: the checkpoint's, or {values}")
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--batch-size", type=int, default=64, help="images per process and accumulation step")
+    add("--batch-size", "--batch", type=int, default=64,
+        help="images per process and accumulation step")
     add("--epochs", type=int, default=300, help="passes over the training set")
     add("--epoch-images", type=int, metavar="N",
         help="end an epoch after so many images, drawn anew each time; default: all")
     add("--drop", type=float, default=0.0, help="dropout probability")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth probability")
+    add("--drop-path", type=float,
+        help=f"stochastic depth probability; default: {DEFAULT_DROP_PATH}")
     add_switch(group, "--model-ema", default=True,
                help="keep an exponential moving average of the weights")
     add("--model-ema-decay", type=float, default=0.99996, help="decay of the moving average")
     add_switch(group, "--model-ema-force-cpu", default=False, help="keep it in host memory")
-    add("--shrink-epochs", type=int, default=0,
-        help="epochs in which the keep rate falls from 1 along a cosine; 0: none")
-    add("--shrink-start-epoch", type=int, default=10, help="first of them")
+    add("--shrink-epochs", type=int,
+        help="epochs in which the keep rate falls from 1 along a cosine; default: 0 where "
+        "--shrink-start-epoch is given, else the keep rate is fixed")
+    add("--shrink-start-epoch", type=int,
+        help="first of them, 1 is kept before; default: 10 where --shrink-epochs is given")
     add_switch(group, "--train-mode", default=None,
-               help="stochastic depth and dropout on; default: on, but off when fine-tuning")
+               help="stochastic depth and dropout on; default: the resumed run's, else on, but off "
+               "with --finetune")
+    add("--attn-only", action="store_true",
+        help="train the attention, the position embedding and the head alone")
+    add("--bce-loss", action="store_true", help="binary cross-entropy; needs --smoothing 0")
+    add("--cosub", action="store_true",
+        help="co-train two random submodels on every image (needs --drop-path)")
     add("--amp", choices=AMP_CHOICES, default="auto",
         help="autocast type; auto: bf16 on GPUs that have it, fp16 on others, off on a CPU")
     add_switch(group, "--compile", default=False, help="torch.compile the model")
@@ -209,8 +284,7 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decay-epochs", type=float, default=30, help="epochs a step (step)")
     add("--warmup-epochs", type=int, default=5, help="epochs of warm-up")
     add("--cooldown-epochs", type=int, default=10, help="epochs at the lowest learning rate")
-    add("--patience-epochs", type=int, default=10, help="without effect: DeiT's, for plateau")
-    add("--decay-rate", type=float, default=0.1, help="factor of a step")
+    add("--decay-rate", "--dr", type=float, default=0.1, help="factor of a step")
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +293,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--src", default=False, help="simple random crop instead of a resized one")
     add("--color-jitter", type=float, default=0.3, help="strength without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment or AutoAugment policy, or none")
+    add("--ThreeAugment", dest="aa", action="store_const", const="3a",
+        help="DeiT-III's, the same as --aa 3a: no random erasing; with --src mirrored borders")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--train-interpolation", default="bicubic", help="bilinear, bicubic, random")
     add_switch(group, "--repeated-aug", default=True, help="repeated augmentation, three times")
@@ -260,6 +336,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="newest checkpoints to keep, beside the best")
     add("--dist-timeout", type=float, default=30,
         help="minutes to wait for another process, and for what one of them prepares")
+    add("--fuse-token", dest="reduction", action="store_const", const="evit",
+        help="EViT's, the same as --reduction evit")
+    for flag in " ".join(NO_EFFECT.values()).split():
+        add(flag, nargs="?", dest="no_effect", default=[], action=_NoEffect, help=argparse.SUPPRESS)
+    for flag in ANSWERS:
+        add(flag, nargs="?", action=_Answer, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group = parser.add_argument_group("what the model costs")
     add_switch(group, "--describe", default=False, help="print tokens and GMACs a block and stop")
     group.add_argument("--target-gmacs", type=float,
@@ -297,12 +379,16 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path")
     if args.distillation_type != "none" and args.finetune:
         parser.error("--finetune and --distillation-type cannot be combined, as in DeiT")
-    if args.finetune and args.resume not in ("", "auto"):
-        parser.error("--finetune starts a run and --resume continues one: give only one of them")
+    if args.bce_loss and args.smoothing:
+        parser.error("--bce-loss needs --smoothing 0: no smoothed target is 0")
+    if args.cosub and args.distillation_type != "none":
+        parser.error("--cosub and --distillation-type cannot be combined")
     if args.ema and not (args.eval or args.describe or args.finetune):
         parser.error("--ema goes with --eval or --finetune: a resumed run has both weights")
     if args.sched == "plateau":
         parser.error("--sched plateau cannot be resumed exactly: choose another scheduler")
+    if args.std and min(args.std) <= 0:
+        parser.error(f"--std must be above 0, got {args.std}")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and not args.eval and args.batch_size % 2:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
@@ -316,19 +402,46 @@ def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> 
 
     Args:
         args: reads the flags of `add_model_arguments`.
-        stored: `model_args` of the checkpoint, if it has any; not used for another --model.
+        stored: `model_args` of the checkpoint, if it has any. A --model of another name than theirs
+            takes none of them; where they have no name, it has its own size.
 
     Returns:
         Plain values that a checkpoint can hold; "num_classes" only where something says it.
     """
     stored = dict(stored or {})
     if args.model not in (None, stored.get("model_name")):
-        stored = {}
+        own = stored if "model_name" in stored else ("embed_dim", "depth", "num_heads")
+        stored = {name: value for name, value in stored.items() if name not in own}
     flags = {"model_name": args.model, "img_size": args.input_size, "num_classes": args.nb_classes}
     flags |= {name: getattr(args, name) for name in REDUCTION_FLAGS}
     given = {name: _plain(value) for name, value in flags.items() if value is not None}
     defaults = {"model_name": DEFAULT_MODEL, "img_size": DEFAULT_SIZE}
     return defaults | stored | given | args.model_kwargs
+
+
+def data_config(
+    args: argparse.Namespace, input_size: int | tuple[int, int], stored: Mapping
+) -> dict:
+    """What makes an image the model's input: the flags given, over stored values, over DeiT's.
+
+    Args:
+        args: reads eval_crop_ratio, mean and std.
+        input_size: (H, W), or one number for both.
+        stored: `data_config` of a checkpoint, or `pretrained_cfg` of a model.
+
+    Returns:
+        Plain values by timm's names: input_size (H, W), crop_pct in (0, 1], mean and std of the
+        channels.
+    """
+    flags = {"crop_pct": args.eval_crop_ratio, "mean": args.mean, "std": args.std}
+    values = {
+        "crop_pct": DEFAULT_CROP,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    }
+    for name, given in flags.items():
+        values[name] = _plain(stored.get(name, values[name]) if given is None else given)
+    return {"input_size": to_2tuple(input_size)} | values
 
 
 def _plain(value: object) -> object:

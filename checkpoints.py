@@ -5,6 +5,7 @@ import ast
 import datetime
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -15,8 +16,8 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import takewhile
-from operator import index
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -56,6 +57,11 @@ HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
 FIRST_REDUCTION = {
     "reduction": "bat", "keep_rate": 0.7, "reduction_loc": (3, 6, 9), "cluster_ratio": 0.4,
     "match_ratio": 0.1, "merge_weights": "importance", "reduction_seed": 0,
+}  # fmt: skip
+# Settings that the images depend on: the kinds of number, how many of them, lowest and highest.
+NUMBERS = {
+    "img_size": ("i", (1, 2), 1, 2**16), "crop_pct": ("if", (1,), 1e-3, 1),
+    "mean": ("if", (1, 3), -1e3, 1e3), "std": ("if", (1, 3), 1e-9, 1e9),
 }  # fmt: skip
 # Keywords of timm.create_model that name other weights than the checkpoint's.
 WEIGHT_SOURCES = (
@@ -174,21 +180,33 @@ def _in_one_layout(stored: Mapping) -> dict:
                 raise InputError(f"its {name} is {settings[name]}, its weights' {shown[name]}")
         if str(settings.get("model_name")).startswith("bat_"):
             settings = FIRST_REDUCTION | settings
-    crop = {"crop_pct": args["eval_crop_ratio"]} if "eval_crop_ratio" in args else {}
-    data_config = _plain_dict(checkpoint, "data_config") or crop
+    crop = args.get("eval_crop_ratio")  # what runs say that store no data_config
+    data_config = _plain_dict(checkpoint, "data_config") or ({"crop_pct": crop} if crop else {})
+    settings = {name: settings[name] for name in settings if name not in WEIGHT_SOURCES}
+    known = {"args": args, "model_args": settings, "data_config": data_config}
+    checkpoint |= known | {"model": weights}
+    _check_values(checkpoint)
+    return checkpoint
+
+
+def _check_values(checkpoint: Mapping) -> None:
+    """Refuses values that make no sense, whatever the checkpoint is read for."""
     classes = checkpoint.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise InputError("its classes are not a list of names")
+    for mode in (checkpoint.get("training_mode"), checkpoint["args"].get("train_mode")):
+        if not isinstance(mode, bool | None):
+            raise InputError(f"its training mode is a {type(mode).__name__}")
+    settings = checkpoint["model_args"] | checkpoint["data_config"]
     try:  # what can be written as JSON is plain
-        json.dumps([settings, data_config], allow_nan=False)
+        json.dumps([checkpoint["model_args"], checkpoint["data_config"]], allow_nan=False)
     except (RecursionError, TypeError, ValueError) as problem:
         raise InputError(f"its model_args or data_config are not plain: {problem}") from problem
-    sizes = np.atleast_1d(settings.get("img_size", 1))
-    if sizes.dtype.kind != "i" or sizes.shape not in ((1,), (2,)) or sizes.min() < 1:
-        raise InputError(f"its img_size is {settings['img_size']!r:.80}")
-    settings = {name: settings[name] for name in settings if name not in WEIGHT_SOURCES}
-    known = {"args": args, "model_args": settings, "data_config": data_config}
-    return checkpoint | {"model": weights} | known
+    for name, (kinds, counts, low, high) in NUMBERS.items():
+        values = np.atleast_1d(settings.get(name, low))
+        is_plain = values.dtype.kind in kinds and values.ndim == 1 and len(values) in counts
+        if not is_plain or not (low <= values.min() and values.max() <= high):
+            raise InputError(f"its {name} is {settings[name]!r:.80}")
 
 
 def _plain_dict(checkpoint: Mapping, name: str) -> dict:
@@ -213,7 +231,9 @@ def _settings_in_args(args: Mapping) -> dict:
         settings["reduction"] = "evit" if args["fuse_token"] else "topk"
     if "drop_loc" in args:
         try:
-            settings["reduction_loc"] = tuple(map(index, ast.literal_eval(str(args["drop_loc"]))))
+            settings["reduction_loc"] = tuple(
+                map(operator.index, ast.literal_eval(str(args["drop_loc"])))
+            )
         except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as problem:
             raise InputError("its drop_loc is no tuple of block indices") from problem
     return settings
@@ -247,14 +267,23 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def starting_point(args: argparse.Namespace) -> tuple[str, dict]:
-    """Path and contents of the checkpoint that the run starts from; "" and {} for none."""
+class StartingPoint(NamedTuple):
+    """Where a run starts: a checkpoint's path and contents, "" and {} for none."""
+
+    source: str
+    checkpoint: dict
+    resumes: bool  # goes on with that run, or evaluates it; False: takes its weights alone
+
+
+def starting_point(args: argparse.Namespace) -> StartingPoint:
+    """The checkpoint that `--resume` names, or else the one that `--finetune` does."""
     if args.resume == "auto":
         found = latest_checkpoint(Path(args.output_dir)) if args.output_dir else None
         if found is not None:
-            return str(found[0]), found[1]
-    source = args.finetune if args.resume in ("", "auto") else args.resume
-    return source, load_checkpoint(source) if source else {}
+            return StartingPoint(str(found[0]), found[1], True)
+    resumes = args.resume not in ("", "auto")
+    source = args.resume if resumes else args.finetune
+    return StartingPoint(source, load_checkpoint(source) if source else {}, resumes)
 
 
 # Models -----------------------------------------------------------------------------------------
@@ -286,6 +315,8 @@ def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
     own = ", ".join(timm.list_models(module="bat"))
     if not isinstance(name, str) or not timm.is_model(name):
         raise InputError(f"unknown model '{name}'; choose from {own}")
+    if not {"device", "dtype"}.isdisjoint(model_args):  # both are the run's to choose
+        raise InputError(f"cannot build {name}: keywords device and dtype are not taken")
     try:
         model = timm.create_model(**model_args)
     except Exception as problem:  # every layer refuses in its own way what does not fit it
@@ -507,7 +538,7 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
 
 def _whole(value: object) -> int:
     """The value, if it is an integer that can count something; ValueError otherwise."""
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**48:
         raise ValueError(f"{value!r:.40} counts nothing")
     return value
 
@@ -533,9 +564,10 @@ def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None
     if state.epoch > 0:
         state.scheduler.step(state.epoch - 1)  # sets what is set already
     MetricLogger().load_state_dict(state.metrics)
-    numbers = [*state.best.values(), *(group["lr"] for group in state.optimizer.param_groups)]
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"best {state.best}, learning rates {numbers[len(state.best) :]}")
+    rates = [*state.scheduler.base_values, *(g["lr"] for g in state.optimizer.param_groups)]
+    for number in [*state.best.values(), *rates]:
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"accuracy or learning rate {number!r:.40}")
 
 
 def _as_own_state(
@@ -631,19 +663,22 @@ class RunFolder:
     resuming drops the entries that the checkpoint does not know yet: none is doubled or missing.
     """
 
-    def __init__(
-        self, folder: Path, args: argparse.Namespace, model_args: dict, classes: list[str]
-    ) -> None:
-        """Prepares an existing folder; args are kept as typed, model_args rebuild the model."""
+    def __init__(self, folder: Path, args: argparse.Namespace, **about: object) -> None:
+        """Prepares an existing folder.
+
+        Args:
+            folder: where to write.
+            args: kept as typed.
+            **about: plain values for every checkpoint: model_args, which rebuild the model;
+                data_config, of its inputs; classes, their names; training_mode.
+        """
         self.folder = folder
         self.keep_checkpoints = args.keep_checkpoints
         self.about = {
             "args": vars(args),
-            "model_args": model_args,
-            "classes": list(classes),
             "git_hash": git_hash(),
             "world_size": get_world_size(),
-        }
+        } | about
         self.log_path = folder / "log.txt"
         self.writer: SummaryWriter | None = None
 
@@ -710,11 +745,8 @@ class RunFolder:
 
     def _put_in_place(self) -> None:
         """Makes the pending checkpoint the newest; a kill at any rename leaves it to be done."""
-        names = [
-            "checkpoint.pth",
-            *(f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)),
-        ]
-        files = [self.folder / name for name in names]
+        older = [self.folder / f"checkpoint.{i}.pth" for i in range(1, self.keep_checkpoints)]
+        files = [self.folder / "checkpoint.pth", *older]
         with writing(files[0]):
             present = len(list(takewhile(Path.exists, files)))  # a gap takes the one before it
             for index in range(min(present, len(files) - 1), 0, -1):
@@ -722,13 +754,17 @@ class RunFolder:
             os.replace(self.folder / PENDING, files[0])
 
     def save_best(self, state: TrainState) -> None:
-        """Writes best.pth: the weights and what rebuilds the model, without the optimizer."""
+        """Writes best.pth: the weights and what rebuilds the model, without the optimizer.
+
+        Its model_args have the keep rates that the weights were evaluated at.
+        """
         whole = state.state_dict()
         kept = {name: whole[name] for name in ("model", "model_ema", "epoch", "best")}
+        kept["model_args"] = self.about["model_args"] | {"keep_rate": state.model.keep_rates}
         self._write(kept, self.folder / "best.pth")
 
     def _write(self, contents: dict, path: Path) -> None:
-        write_atomically(path, lambda file: torch.save(contents | self.about, file))
+        write_atomically(path, lambda file: torch.save(self.about | contents, file))
 
     def save_correct(self, correct: Tensor | None) -> None:
         """Writes correct.npy: (images,) bool, which images the weights get right; None: unknown."""

@@ -9,10 +9,11 @@ Modifications of https://github.com/facebookresearch/deit (`datasets.py`):
 """
 
 import hashlib
+import os
 import random
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
@@ -39,7 +40,7 @@ from inputs.images import (
 )
 from inputs.inaturalist import build_inaturalist
 from samplers import SampleKey
-from utils import InputError
+from utils import InputError, refusing
 
 # How many other samples a bad training image tries before the run gives up.
 MAX_REPLACEMENTS = 100
@@ -82,7 +83,7 @@ class SampleDataset(Dataset):
         source: its items are (RGB image, target) or raise `BadImageError`; it also has the targets
             of all samples and the names of the classes.
         transform: from an RGB image to a (3, H, W) float32 tensor.
-        image_size: (H, W) of that tensor.
+        data_config: what the transform was built from; input_size is the (H, W) of that tensor.
         seed: the run's random seed.
         bad_images: "error" raises `BadImageError`; "skip" puts another sample in the place of a bad
             one in training, and a zero image with the right target in evaluation.
@@ -92,8 +93,8 @@ class SampleDataset(Dataset):
         self,
         source: VisionDataset,
         transform: Callable[[Image.Image], Tensor],
+        data_config: Mapping[str, object],
         *,
-        image_size: tuple[int, int],
         seed: int = 0,
         bad_images: str = "error",
     ) -> None:
@@ -103,7 +104,8 @@ class SampleDataset(Dataset):
         self.transform = transform
         self.targets = np.asarray(source.targets, dtype=np.int64)  # (num_samples,)
         self.classes = list(source.classes)
-        self.image_size = image_size
+        self.data_config = data_config
+        self.image_size = image_size(data_config["input_size"])
         self.seed = seed
         self.bad_images = bad_images
 
@@ -157,59 +159,59 @@ def check_same_classes(train_dataset: SampleDataset, val_dataset: SampleDataset)
 
 
 def build_transform(
-    is_train: bool, args: Namespace, input_size: int | Sequence[int]
+    is_train: bool, args: Namespace, data_config: Mapping[str, object]
 ) -> transforms.Compose:
     """Builds DeiT's transform from an RGB image to a (3, H, W) float32 tensor, normalised.
 
-    Training is timm's `create_transform`. Evaluation resizes the image (bicubic, antialiased) so
-    that it covers (H, W) / eval_crop_ratio, then crops (H, W) from its centre. Inputs of at most
-    32 x 32 follow DeiT's rule for CIFAR: train on random crops of the padded image, evaluate on the
-    whole of it; images of another size are resized to cover the input first. `src` (simple random
-    crop) asks for such training crops at any size.
+    Training is timm's `create_transform`; without random erasing where `aa` is "3a", DeiT-III's
+    3-Augment. Evaluation resizes the image (bicubic, antialiased) so that it covers
+    (H, W) / crop_pct, then crops (H, W) from its centre. Inputs of at most 32 x 32 follow DeiT's
+    rule for CIFAR: train on random crops of the padded image, evaluate on the whole of it; images
+    of another size are resized to cover the input first. `src` (simple random crop) asks for such
+    training crops at any size, with "3a" out of an image whose borders are mirrored.
 
     Args:
         is_train: for training or for evaluation.
         args: for training reads src, color_jitter, aa, train_interpolation, reprob, remode and
-            recount; for evaluation eval_crop_ratio.
-        input_size: (H, W), or one number for both.
+            recount; for evaluation nothing.
+        data_config: input_size, (H, W) or one number for both; crop_pct in (0, 1]; mean and std of
+            the channels; as `arguments.data_config` gives it.
     """
-    size = image_size(input_size)
-    is_small = max(size) <= SMALL_INPUT
+    size = image_size(data_config["input_size"])
     if is_train:
-        return _train_transform(size, is_small or args.src, args)
-    ratio = 1.0 if is_small else args.eval_crop_ratio
+        return _train_transform(size, args, data_config)
+    ratio = 1.0 if max(size) <= SMALL_INPUT else data_config["crop_pct"]
     if not 0 < ratio <= 1:
-        raise InputError(f"eval_crop_ratio is {ratio}, allowed: above 0, up to 1")
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        raise InputError(f"the evaluation's crop ratio is {ratio}, allowed: above 0, up to 1")
+    normalize = transforms.Normalize(data_config["mean"], data_config["std"])
     return transforms.Compose([*cover_and_crop(size, ratio), transforms.ToTensor(), normalize])
 
 
 def _train_transform(
-    size: tuple[int, int], simple_crop: bool, args: Namespace
+    size: tuple[int, int], args: Namespace, data_config: Mapping[str, object]
 ) -> transforms.Compose:
     """timm's training transform, with its assertions turned into `InputError`."""
-    try:
+    is_small, is_three_augment = max(size) <= SMALL_INPUT, args.aa == "3a"
+    names = ("aa", "color_jitter", "remode", "recount", "train_interpolation")
+    given = ", ".join(f"{name}={getattr(args, name)!r}" for name in names)
+    with refusing(f"timm refuses the augmentation {given}"):
         transform = create_transform(
             input_size=size,
             is_training=True,
             color_jitter=args.color_jitter,
             auto_augment=None if args.aa in (None, "", "none") else args.aa,
             interpolation=args.train_interpolation,
-            re_prob=args.reprob,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            re_prob=0 if is_three_augment else args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
         )
-    except (AssertionError, KeyError, ValueError) as error:
-        names = ("aa", "remode", "train_interpolation")
-        given = ", ".join(f"{name}={getattr(args, name)!r}" for name in names)
-        reason = textwrap.shorten(f"{type(error).__name__} {error}", 300)
-        raise InputError(f"timm refuses the augmentation {given}: {reason}") from error
     allow_posterize_to_black(transform)
-    if simple_crop:
-        transform.transforms[:1] = [
-            ResizeToCover(size),
-            transforms.RandomCrop(size, padding=CROP_PADDING),
-        ]
+    if is_small or args.src:
+        border = "reflect" if is_three_augment and not is_small else "constant"
+        crop = transforms.RandomCrop(size, padding=CROP_PADDING, padding_mode=border)
+        transform.transforms[:1] = [ResizeToCover(size), crop]
     return transform
 
 
@@ -219,7 +221,8 @@ def _train_transform(
 def _image_folder(root: Path, is_train: bool, args: Namespace) -> ImageFolder:
     split = "train" if is_train else "val"
     try:
-        return ImageFolder(root / split, loader=load_image)
+        loader = partial(load_image, max_pixels=args.max_image_pixels)
+        return ImageFolder(root / split, loader=loader)
     except OSError as error:
         raise InputError(
             f"no images in {root / split}: expected {split}/CLASS/IMAGE (training needs train/ and "
@@ -250,21 +253,20 @@ DATA_SETS: dict[str, Callable[[Path, bool, Namespace], VisionDataset]] = {
 
 
 def build_dataset(
-    is_train: bool, args: Namespace, input_size: int | Sequence[int]
+    is_train: bool, args: Namespace, data_config: Mapping[str, object]
 ) -> tuple[SampleDataset, int]:
     """Builds the training or the validation set, and gives its number of classes too.
 
     Several processes call it in turns (`utils.in_turns`), since it may download or draw the images.
-    Of `args` it reads data_set, data_path, seed, bad_images, download, inat_category and what
-    `build_transform` reads.
+    Of `args` it reads data_set, data_path, seed, bad_images, max_image_pixels, download,
+    inat_category and what `build_transform` reads.
     """
-    root = Path(args.data_path).expanduser()
+    root = Path(os.path.expanduser(args.data_path))
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
-    size = image_size(input_size)
-    transform = build_transform(is_train, args, size)
+    transform = build_transform(is_train, args, data_config)
     may_be_made = args.data_set == "DEMO" or (args.download and args.data_set != "IMNET")
-    if not root.is_dir() and not may_be_made:
+    if not os.path.isdir(root) and not may_be_made:  # pathlib's raises below a locked folder
         raise InputError(f"data path {root} does not exist or is not a folder")
     try:
         source = DATA_SETS[args.data_set](root, is_train, args)
@@ -275,6 +277,6 @@ def build_dataset(
         reason = textwrap.shorten(str(error), 300)
         raise InputError(f"cannot read {args.data_set} in {root} ({advice}): {reason}") from error
     dataset = SampleDataset(
-        source, transform, image_size=size, seed=args.seed, bad_images=args.bad_images
+        source, transform, data_config, seed=args.seed, bad_images=args.bad_images
     )
     return dataset, len(dataset.classes)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
@@ -125,12 +124,12 @@ def shrunk_keep_rate(
         epochs_done: epochs since the start, as a fraction.
         keep_rates: the final keep rate of each reducing block.
         start_epoch: epoch in which the shrinking starts.
-        shrink_epochs: how many epochs it takes; 0 gives the final keep rates at once.
+        shrink_epochs: how many epochs it takes; 0: the keep rate falls at once.
 
     Returns:
         The keep rate of each reducing block, rounded up to thousandths and so in (0, 1].
     """
-    if shrink_epochs == 0 or epochs_done >= start_epoch + shrink_epochs:
+    if epochs_done >= start_epoch + shrink_epochs:
         return tuple(keep_rates)
     if epochs_done < start_epoch:
         return (1.0,) * len(keep_rates)
@@ -161,7 +160,7 @@ def train_one_epoch(
     device: torch.device,
     num_steps: int,
     options: TrainOptions,
-    mixup: Mixup | None = None,
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     after_update: Callable[[TrainState], None] | None = None,
     stop_requested: Callable[[], bool] = _never,
 ) -> dict[str, float]:
@@ -175,7 +174,7 @@ def train_one_epoch(
         device: where the model is.
         num_steps: batches of the whole epoch, a multiple of the gradient accumulation steps.
         options: how to run the steps.
-        mixup: timm's mixup and cutmix, or None.
+        mixup: changes images and targets on the device, e.g. timm's mixup and cutmix; or None.
         after_update: called after every update, e.g. to write a checkpoint.
         stop_requested: asked after every batch; all processes stop when one says True.
 

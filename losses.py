@@ -1,7 +1,8 @@
-"""Distillation loss, after DeiT's `losses.py` (https://github.com/facebookresearch/deit).
+"""Losses around a base criterion, after DeiT (https://github.com/facebookresearch/deit).
 
-Modifications: the teacher is frozen here, bad settings are ValueErrors, and a student without a
-distillation head is distilled through its class logits.
+Modifications of `losses.py: DistillationLoss`: the teacher is frozen here, bad settings are
+ValueErrors, and a student without a distillation head is distilled through its class logits.
+Co-training stands in DeiT's training loop; here it is a criterion like any other.
 """
 
 import torch
@@ -74,3 +75,31 @@ class DistillationLoss(nn.Module):
             divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
             distillation = divergence * self.tau**2 / distilled.numel()
         return base_loss * (1 - self.alpha) + distillation * self.alpha
+
+
+class CosubLoss(nn.Module):
+    """Co-training of two submodels (Touvron et al., arXiv 2212.04884).
+
+    Stochastic depth draws two submodels for every image, which stands in the batch twice. Each
+    learns from the target and from the other's prediction.
+    """
+
+    def __init__(self, base_criterion: nn.Module) -> None:
+        """`base_criterion` takes (logits, targets); DeiT's is binary cross-entropy."""
+        super().__init__()
+        self.base_criterion = base_criterion
+
+    def forward(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Scalar mean of the four losses.
+
+        Args:
+            inputs: (2 B, 3, height, width) the images, not looked at.
+            outputs: (2 B, classes) logits of one submodel, then of the other.
+            targets: (B,) class indices or (B, classes) probabilities, as the base criterion takes.
+        """
+        first, second = outputs.chunk(2)
+        losses = [self.base_criterion(logits, targets) for logits in (first, second)]
+        for student, teacher in ((first, second), (second, first)):
+            soft_targets = teacher.detach().sigmoid()
+            losses.append(F.binary_cross_entropy_with_logits(student, soft_targets))
+        return torch.stack(losses).mean()

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
@@ -25,10 +26,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from arguments import check_args, get_args_parser, model_arguments
+from arguments import (
+    DEFAULT_DROP_PATH,
+    NO_EFFECT,
+    check_args,
+    data_config,
+    get_args_parser,
+    model_arguments,
+)
 from checkpoints import (
     CheckpointSchedule,
     RunFolder,
+    StartingPoint,
     build_model,
     load_checkpoint,
     model_from_checkpoint,
@@ -48,7 +57,7 @@ from engine import (
     train_one_epoch,
 )
 from inputs.cache import CachedLoader, build_cached_loader
-from losses import DistillationLoss
+from losses import CosubLoss, DistillationLoss
 from models import (
     BATVisionTransformer,
     count_gmacs,
@@ -57,6 +66,7 @@ from models import (
     describe_reduction,
     find_keep_rate,
 )
+from models.reduction import AssignmentError
 from samplers import EvalSampler, TrainSampler
 from utils import (
     AMP_DTYPES,
@@ -64,6 +74,7 @@ from utils import (
     OutputError,
     StopRequest,
     barrier,
+    check_agreement,
     check_writable,
     end_workers,
     find_amp,
@@ -75,6 +86,7 @@ from utils import (
     is_main_process,
     logger,
     make_deterministic,
+    refusing,
     seed_everything,
     setup_logging,
 )
@@ -90,13 +102,25 @@ REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
 # Building ---------------------------------------------------------------------------------------
 
 
+def find_start(args: argparse.Namespace, device: torch.device) -> StartingPoint:
+    """The checkpoint that all processes start from."""
+    with in_turns(device):  # one process downloads what is not there
+        start = starting_point(args)
+    found = "no checkpoint"
+    if start.source:
+        found = f"epoch {start.checkpoint.get('epoch')}, step {start.checkpoint.get('step')}"
+    place = args.output_dir if args.resume == "auto" else start.source
+    check_agreement(found, f"{place} must be on a file system that all nodes share")
+    return start
+
+
 def build_datasets(
-    args: argparse.Namespace, input_size: tuple[int, int], device: torch.device
+    args: argparse.Namespace, config: dict, device: torch.device
 ) -> tuple[SampleDataset | None, SampleDataset]:
     """The training set (None for --eval) and the validation set, checked against each other."""
     with in_turns(device):
-        val_dataset, _ = build_dataset(False, args, input_size)
-        train_dataset = None if args.eval else build_dataset(True, args, input_size)[0]
+        val_dataset, _ = build_dataset(False, args, config)
+        train_dataset = None if args.eval else build_dataset(True, args, config)[0]
     if train_dataset is not None:
         check_same_classes(train_dataset, val_dataset)
     return train_dataset, val_dataset
@@ -163,14 +187,19 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 def build_criterion(
     args: argparse.Namespace, num_classes: int, device: torch.device
-) -> DistillationLoss:
-    """Label-smoothed or soft-target cross-entropy, and distillation around it."""
-    if build_mixup(args, num_classes) is not None:
+) -> DistillationLoss | CosubLoss:
+    """Cross-entropy of the kind that the targets ask for, and distillation or co-training."""
+    if args.bce_loss or args.cosub:
+        threshold = 0 if args.bce_loss else None
+        base_criterion = BinaryCrossEntropy(args.smoothing, target_threshold=threshold)
+    elif build_mixup(args, num_classes) is not None:
         base_criterion = SoftTargetCrossEntropy()
     elif args.smoothing > 0:
         base_criterion = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
     else:
         base_criterion = nn.CrossEntropyLoss()
+    if args.cosub:
+        return CosubLoss(base_criterion)
     teacher = None
     if args.distillation_type != "none":
         checkpoint = load_checkpoint(args.teacher_path)
@@ -192,19 +221,22 @@ def build_criterion(
 
 
 def build_run_model(
-    args: argparse.Namespace, model_args: dict, source: str, checkpoint: dict
+    args: argparse.Namespace, model_args: dict, start: StartingPoint
 ) -> BATVisionTransformer:
     """The model of the run with its first weights, on the CPU."""
     seed_everything(args.seed)  # the same first weights in every process
-    is_finetuning = bool(args.finetune) and source == args.finetune
+    drop_path = DEFAULT_DROP_PATH if args.drop_path is None else args.drop_path
     model = model_from_checkpoint(
-        checkpoint,
-        ema=args.ema and (args.eval or is_finetuning),  # a resumed run goes on with both
-        source=source,
-        new_head=is_finetuning,
-        **model_args | {"drop_rate": args.drop, "drop_path_rate": args.drop_path},
+        start.checkpoint,
+        ema=args.ema and (args.eval or not start.resumes),  # a resumed run goes on with both
+        source=start.source,
+        new_head=not start.resumes and not args.eval,
+        **model_args | {"drop_rate": args.drop, "drop_path_rate": drop_path},
     )
     apply_target_gmacs(args.target_gmacs, model, model_args)
+    if args.attn_only:  # as in DeiT
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".attn." in name or name.startswith(("head.", "pos_embed"))
     return model
 
 
@@ -229,14 +261,17 @@ def build_state(
     """Optimizer, scheduler, gradient scaler and moving average around a model on its device."""
     total_batch = args.batch_size * args.accum_steps * get_world_size()
     lr = args.lr if args.unscale_lr else args.lr * total_batch / REFERENCE_BATCH
-    try:
-        optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {"lr": lr}))
+    opt = args.opt
+    if opt == "fusedlamb" and find_spec("apex") is None:  # DeiT-III's
+        opt = "lamb"
+        logger.info("--opt fusedlamb: lamb, since apex is not installed")
+    with refusing(f"timm refuses --opt {args.opt} --sched {args.sched}"):
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args) | {"opt": opt, "lr": lr})
         scheduler, _ = create_scheduler(args, optimizer)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as problem:
-        options = f"--opt {args.opt} --sched {args.sched}"
-        raise InputError(f"timm refuses {options}: {problem}") from problem
     if scheduler is None:  # what timm makes of an unknown name
         raise InputError(f"unknown --sched {args.sched}")
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--opt {args.opt} needs second-order gradients, which are not computed")
     ema = None
     if args.model_ema:
         ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
@@ -245,15 +280,34 @@ def build_state(
     return TrainState(model, optimizer, scheduler, scaler, ema)
 
 
+def find_training_mode(args: argparse.Namespace, resumed: dict) -> bool:
+    """Whether dropout and stochastic depth are on: as said, as in the resumed run, or by default.
+
+    Fine-tuning keeps them off, as EViT and the first DeiT do.
+    """
+    stored = resumed.get("args") or {}
+    said = (args.train_mode, resumed.get("training_mode"), stored.get("train_mode"))
+    default = not (stored.get("finetune") if resumed else args.finetune)
+    training_mode = next((mode for mode in said if mode is not None), default)
+    if not training_mode and (args.drop or args.drop_path):
+        logger.info("--drop and --drop-path have no effect: fine-tuning without --train-mode")
+    return training_mode
+
+
 def train_options(
-    args: argparse.Namespace, keep_rates: tuple[float, ...], device: torch.device
+    args: argparse.Namespace,
+    keep_rates: tuple[float, ...],
+    device: torch.device,
+    *,
+    training_mode: bool,
 ) -> TrainOptions:
-    """How to run the steps; fine-tuning keeps dropout and stochastic depth off, as DeiT does."""
+    """How to run the steps; the keep rate follows a schedule where a flag of it is given."""
+    shrinks = args.shrink_epochs is not None or args.shrink_start_epoch is not None
     shrink = partial(
         shrunk_keep_rate,
         keep_rates=keep_rates,
-        start_epoch=args.shrink_start_epoch,
-        shrink_epochs=args.shrink_epochs,
+        start_epoch=10 if args.shrink_start_epoch is None else args.shrink_start_epoch,
+        shrink_epochs=args.shrink_epochs or 0,
     )
     return TrainOptions(
         amp_dtype=AMP_DTYPES[find_amp(args.amp, device)],
@@ -261,19 +315,28 @@ def train_options(
         clip_grad=args.clip_grad,
         print_freq=args.print_freq,
         seed=args.seed,
-        training_mode=not args.finetune if args.train_mode is None else args.train_mode,
-        keep_rate_at=shrink if args.shrink_epochs > 0 else None,
+        training_mode=training_mode,
+        keep_rate_at=shrink if shrinks else None,
         shrink_by_step=not args.compile,
     )
 
 
-def wrap_model(model: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
-    """The model to call in training: compiled, and with gradients shared among processes."""
-    if compiled:
+def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The model to call in training: compiled, and with gradients shared among processes.
+
+    The order in which gradients are summed follows from the buckets that they are in, and these are
+    made anew once, after the first backward pass. An empty one comes first, so that a resumed run
+    sums in the order of an undisturbed one.
+    """
+    wrapped = model
+    if get_world_size() > 1:
+        wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        image = torch.zeros(1, model.in_chans, *model.patch_embed.img_size, device=device)
+        (0 * wrapped(image).sum()).backward()
+        model.zero_grad()
+    if compiled:  # after the pass above, whose one image would need a graph of its own
         model.compile(dynamic=False)
-    if get_world_size() == 1:
-        return model
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    return wrapped
 
 
 # Evaluating -------------------------------------------------------------------------------------
@@ -314,27 +377,32 @@ def validate(
     device: torch.device,
     folder: RunFolder | None,
     stop_requested: StopRequest,
+    final_keep_rates: tuple[float, ...],
 ) -> dict[str, float]:
-    """Evaluates the weights and their moving average, and keeps the best of the former."""
+    """Evaluates the weights and their moving average, and keeps the best of the former.
+
+    While the keep rate shrinks no epoch counts as the best: only the final keep rates compare.
+    """
     evaluated = partial(
         run_evaluation, args, val_loader=val_loader, device=device, stop_requested=stop_requested
     )
     correct: list[torch.Tensor] = []
     results = {"test": evaluated(state.model, header="test:", correct=correct)}
-    improved = results["test"]["acc1"] > state.best.get("test_acc1", -1.0)
     if state.ema is not None:
         average = state.ema.module
         if next(average.parameters()).device != device:
             average = copy.deepcopy(average).to(device)
         results["test_ema"] = evaluated(average, header="test_ema:")
-    for prefix, result in results.items():
-        name = f"{prefix}_acc1"
-        state.best[name] = max(state.best.get(name, -1.0), result["acc1"])
     if folder is not None:
-        if improved:
-            folder.save_best(state)
         folder.save_correct(torch.cat(correct) if correct and get_world_size() == 1 else None)
-    logger.info(f"Best Acc@1 so far: {state.best['test_acc1']:.3f}")
+    if state.model.keep_rates == final_keep_rates:
+        improved = results["test"]["acc1"] > state.best.get("test_acc1", -1.0)
+        for prefix, result in results.items():
+            name = f"{prefix}_acc1"
+            state.best[name] = max(state.best.get(name, -1.0), result["acc1"])
+        if improved and folder is not None:
+            folder.save_best(state)
+        logger.info(f"Best Acc@1 so far: {state.best['test_acc1']:.3f}")
     return {f"{p}_{name}": value for p, result in results.items() for name, value in result.items()}
 
 
@@ -356,6 +424,15 @@ def change_keep_rate(state: TrainState, keep_rates: Sequence[float], *, compiled
     set_keep_rate(state, keep_rates)
 
 
+def cosub_batch(
+    images: torch.Tensor, targets: torch.Tensor, mixup: Mixup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixed images (B, 3, height, width) twice, for `CosubLoss`, and their targets once."""
+    if mixup is not None:
+        images, targets = mixup(images, targets)
+    return images.repeat(2, 1, 1, 1), targets
+
+
 def epoch_entry(state: TrainState, result: dict, num_images: int, seconds: float) -> dict:
     """What log.txt says of the training of an epoch."""
     return {
@@ -375,12 +452,17 @@ def train(
     *,
     device: torch.device,
     criterion: nn.Module,
+    options: TrainOptions,
     folder: RunFolder | None,
 ) -> None:
     """Trains from `state.epoch` to the last epoch; after a PreemptedError a checkpoint is there."""
-    options = train_options(args, state.model.keep_rates, device)
+    final_keep_rates = state.model.keep_rates
+    if options.keep_rate_at is not None:
+        final_keep_rates = options.keep_rate_at(args.epochs)
     model = wrap_model(state.model, device, compiled=args.compile)
     mixup = build_mixup(args, state.model.num_classes)
+    if args.cosub:
+        mixup = partial(cosub_batch, mixup=mixup)
     stop_requested = StopRequest()
     schedule = CheckpointSchedule(args.checkpoint_interval)
     sampler = train_loader.sampler
@@ -391,6 +473,9 @@ def train(
         if schedule.due(state.updates, device):
             save_checkpoint(state, folder, device)
 
+    validated = partial(
+        validate, args, state, val_loader, device, folder, stop_requested, final_keep_rates
+    )
     begin = time.time()
     try:
         for epoch in range(state.epoch, args.epochs):
@@ -409,13 +494,14 @@ def train(
                 after_update=save_if_due,
                 stop_requested=stop_requested,
             )
-            images = (num_steps - first_step) * args.batch_size * get_world_size()
-            entry = epoch_entry(state, result, images, time.time() - epoch_begin)
+            seconds = time.time() - epoch_begin
             # Evaluate, at the keep rate that the epoch ends with
             if options.keep_rate_at is not None:
                 change_keep_rate(state, options.keep_rate_at(epoch + 1), compiled=args.compile)
+            images = (num_steps - first_step) * args.batch_size * get_world_size()
+            entry = epoch_entry(state, result, images, seconds)
             if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
-                entry |= validate(args, state, val_loader, device, folder, stop_requested)
+                entry |= validated()
             # Log and save
             state.scheduler.step(epoch)
             state.epoch, state.step, state.metrics = epoch + 1, 0, {}
@@ -433,17 +519,16 @@ def start_state(
     args: argparse.Namespace,
     state: TrainState,
     train_loader: DataLoader | CachedLoader,
-    source: str,
-    checkpoint: dict,
+    start: StartingPoint,
 ) -> dict:
     """Puts the state where the run begins; returns the facts about it for args.json."""
-    if source:
-        restore(state, checkpoint, source, args)
+    if start.resumes:
+        restore(state, start.checkpoint, start.source, args)
         num_done, length = state.step * args.batch_size, train_loader.sampler.epoch_length
         if num_done > length:
             raise InputError(
-                f"{source} stopped after {num_done} images of an epoch that now has {length} in "
-                f"each process (--epoch-images {args.epoch_images or 'not given'})"
+                f"{start.source} stopped after {num_done} images of an epoch that now has {length} "
+                f"in each process (--epoch-images {args.epoch_images or 'not given'})"
             )
     elif args.start_epoch > 0:
         state.epoch = args.start_epoch
@@ -465,11 +550,12 @@ def run(args: argparse.Namespace) -> None:
     if args.deterministic:
         make_deterministic()
     device = init_process(args.device, args.dist_timeout)
-    with in_turns(device):  # one process downloads what is not there
-        source, checkpoint = starting_point(args)
-    is_finetuning = bool(source) and source == args.finetune
-    stored = dict(checkpoint.get("model_args") or {})
-    if is_finetuning:  # may have other classes than its source
+    for reason, flags in NO_EFFECT.items():
+        if given := [flag for flag in flags.split() if flag in args.no_effect]:
+            logger.info(f"{' '.join(given)}: without effect, {reason}")
+    start = find_start(args, device)
+    stored = dict(start.checkpoint.get("model_args") or {})
+    if not start.resumes and not args.eval:  # may have other classes than its source
         stored.pop("num_classes", None)
     model_args = model_arguments(args, stored)
     if args.describe:
@@ -481,7 +567,8 @@ def run(args: argparse.Namespace) -> None:
     output_dir = check_writable(args.output_dir) if args.output_dir else None
 
     # Data
-    train_dataset, val_dataset = build_datasets(args, model_args["img_size"], device)
+    config = data_config(args, model_args["img_size"], start.checkpoint.get("data_config") or {})
+    train_dataset, val_dataset = build_datasets(args, config, device)
     num_classes = len(val_dataset.classes)
     if model_args.setdefault("num_classes", num_classes) != num_classes:
         raise InputError(
@@ -490,7 +577,7 @@ def run(args: argparse.Namespace) -> None:
     val_loader = build_val_loader(args, val_dataset, device)
 
     # Model
-    model = build_run_model(args, model_args, source, checkpoint).to(device)
+    model = build_run_model(args, model_args, start).to(device)
     facts = {"gmacs": count_gmacs(model), "parameters": count_parameters(model)}
     logger.info(f"{model_args}\n{describe_reduction(model)}")
     logger.info(f"{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")
@@ -504,16 +591,19 @@ def run(args: argparse.Namespace) -> None:
     train_loader = build_train_loader(args, train_dataset, device)
     criterion = build_criterion(args, num_classes, device)
     state = build_state(args, model, device)
-    resumed = "" if is_finetuning else source
-    facts |= start_state(args, state, train_loader, resumed, checkpoint)
+    facts |= start_state(args, state, train_loader, start)
+    mode = find_training_mode(args, start.checkpoint if start.resumes else {})
+    options = train_options(args, model.keep_rates, device, training_mode=mode)
     folder = None
     if output_dir is not None and is_main_process():
         settings = model.reduction_settings() | model_args  # defaults too: they may change
-        folder = RunFolder(output_dir, args, settings, val_dataset.classes)
-        folder.start(state.epoch, facts, source=resumed)
+        about = {"model_args": settings, "data_config": config, "training_mode": mode}
+        folder = RunFolder(output_dir, args, classes=val_dataset.classes, **about)
+        folder.start(state.epoch, facts, source=start.source if start.resumes else "")
+    loaders = train_loader, val_loader
+    builds = {"device": device, "criterion": criterion, "options": options, "folder": folder}
     try:
-        loaders = train_loader, val_loader
-        train(args, state, *loaders, device=device, criterion=criterion, folder=folder)
+        train(args, state, *loaders, **builds)
     finally:
         if folder is not None:
             folder.close()
@@ -527,7 +617,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
         return 0
-    except InputError as problem:
+    except (InputError, AssignmentError) as problem:
         parser.error(str(problem))
     except DivergenceError as problem:
         code, message = EXIT_DIVERGED, f"stopped: {problem}"

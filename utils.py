@@ -43,6 +43,18 @@ class OutputError(OSError):
     """An output file cannot be written; the message has its path and the reason."""
 
 
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns whatever fails while something is built from the user's values into an `InputError`."""
+    try:
+        yield
+    except (InputError, OutputError):
+        raise
+    except Exception as problem:  # a library refuses odd values in every way there is
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise InputError(f"{what}: {reason:.300}") from problem
+
+
 # Processes --------------------------------------------------------------------------------------
 
 
@@ -130,6 +142,18 @@ def all_reduce(
 def barrier(device: torch.device) -> None:
     """Waits until every process has come here."""
     all_reduce([0.0], device)
+
+
+def check_agreement(finding: str, advice: str) -> None:
+    """Raises `InputError` in all processes, naming what each found, unless all found the same."""
+    if get_world_size() == 1:
+        return
+    findings = [""] * get_world_size()
+    dist.all_gather_object(findings, finding)
+    if len(set(findings)) > 1:
+        ranks = {text: [r for r, own in enumerate(findings) if own == text] for text in findings}
+        words = "; ".join(f"ranks {numbers} found {text}" for text, numbers in ranks.items())
+        raise InputError(f"{words}: {advice}")
 
 
 @contextmanager
@@ -362,7 +386,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def check_writable(folder: str | Path) -> Path:
     """Makes an output folder; InputError when nothing can be written there."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))  # pathlib's raises for an unknown user
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

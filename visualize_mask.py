@@ -1,17 +1,19 @@
 """Draws what each reduction stage of a model did to an image: kept, merged or dropped.
 
 One PNG an image: the image as the model sees it, then one panel a stage. A token that stands for
-one patch shows the patch's pixels; a merged token shows its mean colour, with a border around each
-connected region; dropped patches are white. `contact_sheet.png` shows all images together.
+one patch shows the patch's pixels; a merged token shows its mean colour, with a border that says
+how it was made; dropped patches are hatched. Blocks are counted from 0. `contact_sheet.png` shows
+all images together.
 
     python visualize_mask.py --checkpoint output/demo/best.pth --data-path FOLDER --output-dir pics
 """
 
 import math
+import os
 import random
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
@@ -23,11 +25,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from scipy import ndimage
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from arguments import ArgumentParser, add_data_arguments, add_model_arguments, model_arguments
+from arguments import (
+    ArgumentParser,
+    add_data_arguments,
+    add_model_arguments,
+    data_config,
+    model_arguments,
+)
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
 from inputs.images import BadImageError, list_images, load_image
@@ -46,8 +53,19 @@ from utils import (
 DEFAULT_NUM_IMAGES = 16
 DEFAULT_NUM_CLASSES = 1000
 
-BORDER_COLOURS = {PatchKind.CLUSTER: (255, 170, 0), PatchKind.PAIR: (255, 0, 200)}
-DROPPED_COLOUR, FRAME_GREY = 255, 150
+BORDER_COLOURS = {  # the colour-blind can tell them apart too
+    PatchKind.PAIR: (255, 0, 200),
+    PatchKind.CLUSTER: (255, 170, 0),
+    PatchKind.MIXED: (0, 255, 200),
+}
+KIND_LABELS = {
+    PatchKind.SINGLE: "single patch: its pixels",
+    PatchKind.PAIR: "matched: mean colour",
+    PatchKind.CLUSTER: "clustered: mean colour",
+    PatchKind.MIXED: "mixed (both): mean colour",
+    PatchKind.DROPPED: "dropped: hatched",
+}
+FRAME_GREY = 150
 PANELS_PER_ROW = 4
 PANEL = (300, 8)  # least width in pixels of a panel, and least side of a patch in it
 THUMBNAIL = (112, 6)  # the same on the contact sheet
@@ -55,7 +73,7 @@ DPI = 128  # a power of two: sizes in inches stay exact
 GAP, LINE = 12, 16  # pixels between panels, and of a line of text
 FONT = {"family": "monospace", "size": 7}  # all characters equally wide: text wraps by count
 CHARACTER = 7.6  # pixels of one, rounded up
-LEGEND_ENTRY = 250  # pixels of the longest
+LEGEND_ENTRY = 235  # pixels of the longest
 
 
 class Source(NamedTuple):
@@ -70,6 +88,7 @@ class LoadedModel(NamedTuple):
     model: BATVisionTransformer
     description: str
     classes: Sequence[str]  # names of the outputs; empty: random weights, which predict nothing
+    data_config: Mapping[str, object]  # of its inputs, as `arguments.data_config` gives it
 
 
 class Panel(NamedTuple):
@@ -91,7 +110,7 @@ class Picture(NamedTuple):
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="visualize_mask.py",
-        description=__doc__.split("\n\n")[0],
+        description=__doc__.rpartition("\n\n")[0],
         conflict_handler="resolve",  # --data-path means more here
     )
     add_model_arguments(parser)
@@ -120,9 +139,9 @@ def draw_stage(
     """Draws one panel, (H * scale, W * scale, 3) uint8.
 
     A token of one patch shows its pixels, a merged token the rounded mean of all pixels of all of
-    its patches. A pixel of a merged token is border when a pixel of another token, of a dropped
-    patch or of the outside lies within the border's width of it in both directions; the width is a
-    twelfth of a patch's shorter side, at least 1. Dropped patches are white.
+    its patches. One of its pixels is border when something of another kind, or the outside, is
+    among the eight pixels around it, or another token among the three above and to the left: one
+    line between two tokens of one kind. Dropped patches are white, with grey diagonal lines.
 
     Args:
         image: (H, W, 3) uint8; H and W are multiples of the grid's rows and columns.
@@ -141,15 +160,22 @@ def draw_stage(
 
     is_merged = (kinds > PatchKind.SINGLE)[..., None]
     panel = np.where(is_merged, means[np.searchsorted(tokens, labels)], image)
-    panel[kinds == PatchKind.DROPPED] = DROPPED_COLOUR
     panel, labels, kinds = (_enlarge(array, scale, scale) for array in (panel, labels, kinds))
-    reach = 2 * max(1, min(cell) * scale // 12) + 1  # from one border's width before to one behind
-    outside = {"mode": "constant", "cval": -2}
-    highest = ndimage.maximum_filter(labels, reach, **outside)
-    border = highest != ndimage.minimum_filter(labels, reach, **outside)
+    period = max(4, min(cell) * scale // 4)
+    is_line = np.add.outer(*map(np.arange, kinds.shape)) % period < period // 4
+    dropped = kinds == PatchKind.DROPPED
+    panel[dropped] = np.where(is_line, FRAME_GREY, 255)[dropped][:, None]
+    border = _varies(kinds, 3) | _varies(labels, 2)
     for merged, colour in BORDER_COLOURS.items():
         panel[border & (kinds == merged)] = colour
     return panel
+
+
+def _varies(values: np.ndarray, size: int) -> np.ndarray:
+    """Whether the window at each entry of (H, W) values holds others; of size 2, it ends there."""
+    outside = {"mode": "constant", "cval": -2}
+    highest = ndimage.maximum_filter(values, size, **outside)
+    return highest != ndimage.minimum_filter(values, size, **outside)
 
 
 def choose_scale(image: np.ndarray, grid_size: tuple[int, int], least: tuple[int, int]) -> int:
@@ -179,7 +205,12 @@ def draw_picture(picture: Picture, description: str) -> Figure:
     titles = [f"{original}\n{picture.prediction}"]
     titles += [f"{stage.title}\n{describe_tokens(stage)}" for stage in picture.stages]
     columns = min(len(panels), PANELS_PER_ROW)
-    return draw_page(panels, titles, f"{name}  |  {description}", columns)
+    return draw_page(panels, titles, f"{name}  |  {description}", columns, _kinds([picture]))
+
+
+def _kinds(pictures: Sequence[Picture]) -> set[PatchKind]:
+    """What there is to explain."""
+    return {PatchKind(kind) for p in pictures for s in p.stages for kind in np.unique(s.kind)}
 
 
 def draw_strip(picture: Picture) -> np.ndarray:
@@ -196,11 +227,16 @@ def draw_strip(picture: Picture) -> np.ndarray:
 
 
 def draw_page(
-    panels: Sequence[np.ndarray], titles: Sequence[str], header: str, columns: int
+    panels: Sequence[np.ndarray],
+    titles: Sequence[str],
+    header: str,
+    columns: int,
+    kinds: Collection[PatchKind],
 ) -> Figure:
     """Lays out (h, w, 3) uint8 panels of one size, pixel for pixel, between header and legend.
 
-    A line of a title that is too long is wrapped once, then cut; the header wraps as it needs.
+    A line of a title that is too long is wrapped once, then cut; the header wraps as it needs. The
+    legend explains the kinds.
     """
     height, width = panels[0].shape[:2]
     wrapped = [_wrap(title, width, max_lines=2) for title in titles]
@@ -209,8 +245,9 @@ def draw_page(
     page_width = GAP + columns * step_x
     header_lines = _wrap(header, page_width - 2 * GAP)
     top = GAP + len(header_lines) * LINE + GAP
-    legend_columns = min(4, max(1, 2 * (page_width // LEGEND_ENTRY // 2)))  # 1, 2 or 4
-    page_height = top + math.ceil(len(panels) / columns) * step_y + 4 // legend_columns * 20 + GAP
+    legend_columns = max(1, page_width // LEGEND_ENTRY)
+    legend_height = math.ceil(len(kinds) / legend_columns) * 20
+    page_height = top + math.ceil(len(panels) / columns) * step_y + legend_height + GAP
 
     figure = Figure((page_width / DPI, page_height / DPI), DPI, facecolor="white")
 
@@ -224,7 +261,7 @@ def draw_page(
         write(lines, x, y - 4, "bottom")
         framed = np.pad(panel, ((1, 1), (1, 1), (0, 0)), constant_values=FRAME_GREY)
         figure.figimage(framed, x - 1, page_height - y - height - 1, origin="upper")
-    _add_legend(figure, legend_columns, (GAP / page_width, GAP / 2 / page_height))
+    _add_legend(figure, kinds, legend_columns, (GAP / page_width, GAP / 2 / page_height))
     return figure
 
 
@@ -234,14 +271,16 @@ def _wrap(text: str, width: int, max_lines: int | None = None) -> list[str]:
     return [part for line in text.split("\n") for part in wrap(line, **shape)]
 
 
-def _add_legend(figure: Figure, columns: int, place: tuple[float, float]) -> None:
+def _add_legend(
+    figure: Figure, kinds: Collection[PatchKind], columns: int, place: tuple[float, float]
+) -> None:
     """`place` is the legend's lower left corner, as shares of the figure."""
-    cluster, pair = (np.divide(BORDER_COLOURS[k], 255) for k in (PatchKind.CLUSTER, PatchKind.PAIR))
+    looks = {kind: {"ec": np.divide(c, 255), "lw": 2} for kind, c in BORDER_COLOURS.items()}
+    looks |= {PatchKind.DROPPED: {"fc": "white", "ec": "0.6", "lw": 0, "hatch": "//////"}}
     handles = [
-        Patch(fc="0.75", ec="0.35", lw=0, hatch="xxxxx", label="own pixels: token of one patch"),
-        Patch(fc="0.75", ec=cluster, lw=2, label="mean colour: cluster"),
-        Patch(fc="0.75", ec=pair, lw=2, label="mean colour: matched pair"),
-        Patch(fc="white", ec="0.4", lw=0.5, label="blank: dropped"),
+        Patch(**{"fc": "0.75", "label": label} | looks.get(kind, {}))
+        for kind, label in KIND_LABELS.items()
+        if kind in kinds
     ]
     spacing = {"borderaxespad": 0, "borderpad": 0, "handlelength": 1.6, "handleheight": 1.2}
     where = {"loc": "lower left", "bbox_to_anchor": place, "frameon": False}
@@ -254,14 +293,15 @@ def draw_contact_sheet(pictures: Sequence[Picture], description: str) -> Figure:
     titles = [f"{picture.source.name}\n{picture.prediction}" for picture in pictures]
     height, width = strips[0].shape[:2]
     columns = max(1, round(math.sqrt(1.5 * len(strips) * (height + 3 * LINE) / width)))
-    return draw_page(strips, titles, description, min(columns, len(strips)))
+    return draw_page(strips, titles, description, min(columns, len(strips)), _kinds(pictures))
 
 
 def describe_tokens(stage: Panel) -> str:
     """Counts a stage's tokens by kind, and the patches that were dropped by then."""
     counts = [np.unique(stage.group[stage.kind == kind]).size for kind in PatchKind]
-    text = f"{counts[PatchKind.SINGLE]} of one patch"
-    for kind, word in ((PatchKind.PAIR, "matched"), (PatchKind.CLUSTER, "clustered")):
+    text = f"{counts[PatchKind.SINGLE]} single"
+    words = {PatchKind.PAIR: "matched", PatchKind.CLUSTER: "clustered", PatchKind.MIXED: "mixed"}
+    for kind, word in words.items():
         text += f", {counts[kind]} {word}" if counts[kind] else ""
     num_dropped = np.sum(stage.kind == PatchKind.DROPPED)
     return text + (f"; dropped patches: {num_dropped}" if num_dropped else "")
@@ -284,13 +324,15 @@ def make_picture(loaded: LoadedModel, source: Source, image: Tensor) -> Picture:
         prediction = f"predicted ({probability:.0%}): {loaded.classes[index]}"
     grid_size, patch_size = model.patch_embed.grid_size, model.patch_embed.patch_size
     height, width = np.multiply(grid_size, patch_size)
-    return Picture(source, prediction, denormalize(image)[:height, :width], grid_size, panels)
+    mean, std = loaded.data_config["mean"], loaded.data_config["std"]
+    pixels = denormalize(image, mean, std)[:height, :width]
+    return Picture(source, prediction, pixels, grid_size, panels)
 
 
-def denormalize(image: Tensor) -> np.ndarray:
-    """Turns a (3, H, W) image with ImageNet's normalisation into (H, W, 3) uint8 pixels."""
-    pixels = image.permute(1, 2, 0) * torch.tensor(IMAGENET_DEFAULT_STD)  # (H, W, 3)
-    pixels = (pixels + torch.tensor(IMAGENET_DEFAULT_MEAN)).clamp(0, 1) * 255
+def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Turns a (3, H, W) image that was normalised into (H, W, 3) uint8 pixels."""
+    pixels = image.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # (H, W, 3)
+    pixels = pixels.clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).contiguous().numpy()
 
 
@@ -299,12 +341,13 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     if args.num_images is not None and args.num_images < 1:
         raise InputError(f"--num-images must be at least 1, got {args.num_images}")
     device = init_process(args.device)
-    path = Path(args.data_path).expanduser()
+    path = Path(os.path.expanduser(args.data_path))
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))
     classes = checkpoint.get("classes") or []
+    config = data_config(args, model_args["img_size"], checkpoint.get("data_config") or {})
     if args.data_set:
-        dataset, num_classes = build_dataset(False, args, model_args["img_size"])
+        dataset, num_classes = build_dataset(False, args, config)
         classes = classes or dataset.classes
         true_classes = [dataset.classes[target] for target in dataset.targets]
         names = [f"{name}_{index:05d}" for index, name in enumerate(true_classes)]
@@ -314,7 +357,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
         folders = [file.parent.name for file in files]
         true_classes = [folder if folder in classes else "" for folder in folders]
         names = [file.name for file in files]
-        readers = [partial(load_image, str(file)) for file in files]
+        readers = [partial(load_image, str(file), args.max_image_pixels) for file in files]
     if not checkpoint:
         model_args.setdefault("num_classes", num_classes)
 
@@ -326,7 +369,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     description = f"{model_args['model_name']}, {model.reduction}, keep rate {rates}, {origin}"
     if len(classes) != model.num_classes:
         classes = [f"class {index}" for index in range(model.num_classes)]
-    loaded = LoadedModel(model.to(device), description, classes if checkpoint else [])
+    loaded = LoadedModel(model.to(device), description, classes if checkpoint else [], config)
 
     sources = [Source(*fields) for fields in zip(names, true_classes, readers, strict=True)]
     if args.shuffle:
@@ -340,7 +383,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
 def run(args: Namespace) -> int:
     """Draws every image and the contact sheet; gives 1 if an image was unreadable, else 0."""
     loaded, sources = prepare(args)
-    transform = build_transform(False, args, loaded.model.patch_embed.img_size)
+    transform = build_transform(False, args, loaded.data_config)
     output_dir = check_writable(args.output_dir)
 
     def save(figure: Figure, name: str) -> None:
@@ -359,7 +402,7 @@ def run(args: Namespace) -> int:
         save(figure, f"{number:03d}_{Path(source.name).stem}.png")
     if pictures:
         blocks = ", ".join(str(stage.block) for stage in loaded.model.stages())
-        panels = f"  |  panels: original, after blocks {blocks}" if blocks else ""
+        panels = f"  |  panels: original, after blocks {blocks} (from 0)" if blocks else ""
         save(draw_contact_sheet(pictures, loaded.description + panels), "contact_sheet.png")
     num_bad = len(sources) - len(pictures)
     if num_bad:

@@ -10,14 +10,13 @@ import json
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.lib.format import write_array_header_1_0
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import BatchSampler
 from torchvision import transforms
@@ -62,7 +61,7 @@ def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device
     """Opens the file of a data set's decoded images, after making it if it is not there.
 
     An image is resized to cover (H, W) / crop ratio and cropped to the (H, W) of the data set's
-    inputs from its centre; the ratio is 1 in training and for small inputs, else eval_crop_ratio.
+    inputs from its centre; the ratio is 1 in training and for small inputs, else crop_pct.
     The file's name says which files, of which sizes and times, it was made from. One process of
     each machine makes it, the others wait.
 
@@ -70,8 +69,10 @@ def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device
         (images, 3, H, W) uint8, memory-mapped; what is written to it stays in this process.
     """
     rows, cols = dataset.image_size
-    crop_ratio = 1.0 if is_train or max(rows, cols) <= SMALL_INPUT else args.eval_crop_ratio
-    stats = [os.stat(path) for path, _ in getattr(dataset.source, "samples", ())]
+    whole = is_train or max(rows, cols) <= SMALL_INPUT
+    crop_ratio = 1.0 if whole else dataset.data_config["crop_pct"]
+    paths = [path for path, _ in getattr(dataset.source, "samples", ())]
+    stats = [os.stat(path) for path in paths if os.path.exists(path)]  # decoding names the others
     size, time = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
     digest = _digest(digest_dataset(dataset), rows, cols, crop_ratio, size, time)[:12]
     path = Path(args.image_cache) / f"{'train' if is_train else 'val'}-{rows}x{cols}-{digest}.npy"
@@ -113,7 +114,14 @@ class CachedLoader:
     """
 
     def __init__(
-        self, images: Tensor, targets: Tensor, sampler: TrainSampler | EvalSampler, batch_size: int
+        self,
+        images: Tensor,
+        targets: Tensor,
+        sampler: TrainSampler | EvalSampler,
+        batch_size: int,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         """Takes (N, 3, H, W) uint8 images on the device to augment on, (N,) int64 CPU targets."""
         self.images = images
@@ -121,7 +129,7 @@ class CachedLoader:
         self.sampler = sampler
         self._trains = isinstance(sampler, TrainSampler)
         self._batches = BatchSampler(sampler, batch_size, drop_last=self._trains)
-        stats = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=images.device)
+        stats = torch.tensor([mean, std], device=images.device)
         self._mean, self._std = stats.view(2, 1, 3, 1, 1)
 
     def __len__(self) -> int:
@@ -173,4 +181,6 @@ def build_cached_loader(
     pixels = cached_images(args, dataset, isinstance(sampler, TrainSampler), device)
     # On the CPU the file itself is the memory, shared by all processes that read it.
     images = torch.from_numpy(pixels).to(device)
-    return CachedLoader(images, torch.from_numpy(dataset.targets), sampler, args.batch_size)
+    normalization = {name: dataset.data_config[name] for name in ("mean", "std")}
+    targets = torch.from_numpy(dataset.targets)
+    return CachedLoader(images, targets, sampler, args.batch_size, **normalization)

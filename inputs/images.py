@@ -1,5 +1,7 @@
 """Reading image files safely, and the steps that DeiT's transforms need beside timm's."""
 
+import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -18,6 +20,8 @@ from utils import InputError
 # A file is read by its content, whatever its extension; formats outside this list (EPS, for one,
 # would start an external program) are refused.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# 1/4 GiB of RGB, as Pillow's own limit, at which it only warns.
+MAX_IMAGE_PIXELS = 89_000_000
 # Longer images are cut to this many short sides before resizing, which bounds the memory.
 MAX_ASPECT_RATIO = 64
 # DeiT's limit: inputs up to this size are cropped out of the padded image, not zoomed into.
@@ -49,18 +53,27 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
-def load_image(path: str) -> Image.Image:
+def load_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Reads an image file as 8-bit RGB; `BadImageError` for any other file or format.
 
     As in torchvision's loader alpha is dropped, so a transparent pixel has the colour stored under
     it, and the orientation in EXIF data is not applied. Of an animation the first frame counts.
-    Images above twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels) are refused.
+    Images of more than `max_pixels` are refused before they are decoded; of more than twice
+    `PIL.Image.MAX_IMAGE_PIXELS` (179 million) always, by Pillow.
     """
     try:
+        letter = stat.filemode(os.stat(path).st_mode)[0]
+        if letter != "-":  # opening a FIFO would wait for ever
+            kind = {"d": "folder", "p": "FIFO", "s": "socket"}.get(letter, "device")
+            raise ValueError(f"a {kind}, not a file")
         # Pillow warns about large images, odd metadata and palettes with alpha, all defined here.
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=IMAGE_FORMATS)
+            if image.width * image.height > max_pixels:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, max_image_pixels is {max_pixels}"
+                )
             image.load()
             if image.mode.startswith("I") or image.mode == "F":
                 image = _grey_to_8bit(image)
@@ -139,19 +152,22 @@ def list_images(path: Path) -> list[Path]:
         path: a folder, searched recursively, in sorted order; an image; or a text file with one
             path a line, relative to the current folder (empty lines and lines with # do not count).
     """
-    if path.is_dir():
-        found = sorted(path.rglob("*"))
-        files = [file for file in found if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
-    elif path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
+    # os.path's functions, for pathlib's raise where a folder is locked or a name is too long.
+    if os.path.isdir(path):
+        found = [file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS]
+        files = sorted(file for file in found if not os.path.isdir(file))
+    elif path.suffix.lower() in IMG_EXTENSIONS and os.path.exists(path):
         files = [path]
-    elif path.is_file():
+    elif os.path.isfile(path):
         try:
             lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
-        except UnicodeDecodeError as problem:
-            raise InputError(f"{path} is neither an image nor a text file with paths") from problem
-        files = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+        except (OSError, UnicodeDecodeError) as problem:
+            reason = getattr(problem, "strerror", "neither an image nor a text file with paths")
+            raise InputError(f"data path {path}: {reason}") from problem
+        named = (line for line in lines if line and not line.startswith("#"))
+        files = [Path(os.path.expanduser(line)) for line in named]
     else:
-        raise InputError(f"data path {path} does not exist")
+        raise InputError(f"data path {path} does not exist or is neither folder nor file")
     if not files:
         raise InputError(f"no image in {path} (extensions: {' '.join(IMG_EXTENSIONS)})")
     return files

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from torchvision.datasets import INaturalist
@@ -23,8 +24,9 @@ def build_inaturalist(year: str, root: Path, is_train: bool, args: Namespace) ->
         allowed = ", ".join(INAT_CATEGORIES)
         raise InputError(f"inat_category is {args.inat_category!r}, allowed: {allowed}")
     level = INAT_CATEGORIES[args.inat_category]
+    loader = partial(load_image, max_pixels=args.max_image_pixels)
     source = INaturalist(
-        root, version=year, target_type=level, download=args.download, loader=load_image
+        root, version=year, target_type=level, download=args.download, loader=loader
     )
     split_list = root / f"{'train' if is_train else 'val'}{year}.json"
     if not split_list.is_file():

@@ -313,6 +313,7 @@ class Reduction(NamedTuple):
         num_fused: output tokens beside the K of the budget.
         normalize: False: groups are weighted sums instead of means.
         reduces: False: every token is kept at any keep rate.
+        trusted: its assignments are not checked, as those of the built-in methods.
     """
 
     assign: Callable[[Stage, TokenBudget], Tensor]
@@ -321,6 +322,7 @@ class Reduction(NamedTuple):
     num_fused: int = 0
     normalize: bool = True
     reduces: bool = True
+    trusted: bool = False
 
     def budget(
         self, num_tokens: int, keep_rate: float, cluster_ratio: float, match_ratio: float
@@ -352,6 +354,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "random": Reduction(assign_random),
     "bat": Reduction(assign_bat, clusters=lambda budget: budget.clusters),
 }
+REDUCTIONS = {name: method._replace(trusted=True) for name, method in REDUCTIONS.items()}
 
 
 def get_reduction(name: str) -> Reduction:
@@ -359,6 +362,39 @@ def get_reduction(name: str) -> Reduction:
     if name not in REDUCTIONS:
         raise ValueError(f"unknown reduction '{name}'; choose from {', '.join(REDUCTIONS)}")
     return REDUCTIONS[name]
+
+
+class AssignmentError(ValueError):
+    """A method of one's own gave no valid assignment."""
+
+
+def check_assignment(method: str, assignment: Tensor, shape: torch.Size, num_groups: int) -> None:
+    """Raises `AssignmentError` unless a method gave what it has to.
+
+    While compiling or exporting, and on the meta device, there are no values to look at.
+
+    Args:
+        method: its name, for the message.
+        assignment: what it gave.
+        shape: (B, N) of the stage.
+        num_groups: output tokens K.
+    """
+    problem = ""
+    if not isinstance(assignment, Tensor) or assignment.dtype != torch.int64:
+        problem = f"a {getattr(assignment, 'dtype', type(assignment).__name__)}"
+    elif assignment.shape != shape:
+        problem = f"of shape {tuple(assignment.shape)}"
+    elif not (torch.compiler.is_compiling() or assignment.is_meta):
+        wrong = assignment[(assignment < -1) | (assignment >= num_groups)].tolist()
+        if wrong:
+            problem = f"with an index {wrong[0]}"
+        elif not group_sums(torch.ones_like(assignment), assignment, num_groups).all():
+            problem = "with an empty group"
+    if problem:
+        raise AssignmentError(
+            f"reduction '{method}' gave an assignment {problem}; it must be int64 (B, N) = "
+            f"{tuple(shape)}: every group 0 .. {num_groups - 1} in every image, -1: dropped"
+        )
 
 
 # One stage ---------------------------------------------------------------------------------------
@@ -405,7 +441,8 @@ def reduce_tokens(
         The tokens that leave the stage; the input itself when the stage keeps everything.
 
     Raises:
-        ValueError: the method is unknown, or a rate or ratio is outside its range.
+        ValueError: the method is unknown or gives no assignment, or a rate or ratio is outside its
+            range.
     """
     reduction = get_reduction(method)
     budget = reduction.budget(stage.x.shape[1], keep_rate, cluster_ratio, match_ratio)
@@ -417,11 +454,13 @@ def reduce_tokens(
         stage._replace(x=stage.x.detach().float(), importance=stage.importance.detach().float()),
         budget,
     )
+    num_groups = reduction.num_outputs(budget)
+    if not reduction.trusted:
+        check_assignment(method, assignment, stage.importance.shape, num_groups)
     if reduction.weights is not None:
         weights = reduction.weights(stage, budget, assignment)
     else:
         weights = ones if merge_weights == "mean" else stage.importance
-    num_groups = reduction.num_outputs(budget)
     tokens = merge_tokens(stage.x, weights, assignment, num_groups, reduction.normalize)
     sizes = group_sums(stage.sizes, assignment, num_groups)
     return ReducedTokens(tokens, sizes, assignment, stage.importance, weights)

@@ -15,12 +15,13 @@ from .vit import StageInfo
 
 
 class PatchKind(IntEnum):
-    """What the token that a patch sits in is; the codes that `PatchTrace.kind` holds."""
+    """How the token that a patch sits in was made; the codes that `PatchTrace.kind` holds."""
 
     DROPPED = 0  # the patch sits in no token any more
     SINGLE = 1  # a token that stands for this patch alone
-    PAIR = 2  # a token made by matching, of two or more patches
-    CLUSTER = 3  # a token made by clustering, of two or more patches
+    PAIR = 2  # two or more patches, merged by matching alone, at one stage or several
+    CLUSTER = 3  # two or more patches, merged by clustering alone, at one stage or several
+    MIXED = 4  # both matching and clustering took part
 
 
 class PatchTrace(NamedTuple):
@@ -51,9 +52,10 @@ def compose_assignments(assignments: Sequence[Tensor]) -> list[Tensor]:
 def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) -> list[PatchTrace]:
     """Says for every patch and stage in which token it sits and what kind of token that is.
 
-    A stage's last `num_clusters` outputs are clusters: such a token is `CLUSTER` when it stands
-    for several patches and `SINGLE` otherwise. Any other output is `PAIR` when several tokens
-    entered it at this stage, and keeps the kind it came with when one did.
+    An output token that one token entered keeps that token's kind. Where several entered, the
+    place says how they are merged: by clustering in a stage's last `num_clusters` outputs, by
+    matching in the others. Single patches and tokens of that kind become `CLUSTER` or `PAIR`
+    accordingly; with a token of another kind among them they become `MIXED`.
 
     Args:
         assignments: one (B, N) int64 tensor per stage, as `forward_with_assignments` returns them.
@@ -70,7 +72,7 @@ def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) ->
         if token_kind is None:
             token_kind = torch.full_like(assignment, PatchKind.SINGLE)
         token_size = group_sums(torch.ones_like(group), group, stage.num_outputs)  # (B, K)
-        token_kind = _output_kinds(assignment, token_kind, token_size, stage)  # (B, N) -> (B, K)
+        token_kind = _output_kinds(assignment, token_kind, stage)  # (B, N) -> (B, K)
         kind = _follow(group, token_kind, int(PatchKind.DROPPED))
         traces.append(PatchTrace(group=group, kind=kind, size=_follow(group, token_size, 0)))
     return traces
@@ -82,25 +84,22 @@ def _follow(index: Tensor, table: Tensor, missing: int) -> Tensor:
     return torch.where(index >= 0, values, missing)
 
 
-def _output_kinds(
-    assignment: Tensor, token_kind: Tensor, token_size: Tensor, stage: StageInfo
-) -> Tensor:
-    """(B, K) `PatchKind` of each output token of one stage.
+def _output_kinds(assignment: Tensor, token_kind: Tensor, stage: StageInfo) -> Tensor:
+    """(B, K) `PatchKind` of each output token of one stage, as `trace_patches` defines it.
 
     Args:
         assignment: (B, N) int64, the stage's own assignment.
         token_kind: (B, N) int64, the kinds of the tokens that enter.
-        token_size: (B, K) int64, the patches that each output token stands for.
         stage: the stage's counts.
     """
     num_outputs = stage.num_outputs
+    is_clustered = assignment >= num_outputs - stage.num_clusters  # (B, N)
+    made = torch.where(is_clustered, int(PatchKind.CLUSTER), int(PatchKind.PAIR))
+    fits = (token_kind == PatchKind.SINGLE) | (token_kind == made)
     num_members = group_sums(torch.ones_like(assignment), assignment, num_outputs)  # (B, K)
-    slots = torch.where(assignment >= 0, assignment, num_outputs)
-    carried = token_kind.new_full((assignment.shape[0], num_outputs + 1), PatchKind.DROPPED)
-    carried = carried.scatter_reduce(1, slots, token_kind, "amax")[:, :num_outputs]  # (B, K)
-    kind = torch.where(num_members > 1, int(PatchKind.PAIR), carried)
+    is_merged = _follow(assignment, num_members, 0) > 1  # (B, N)
+    kind = torch.where(is_merged, torch.where(fits, made, int(PatchKind.MIXED)), token_kind)
 
-    is_cluster = torch.arange(num_outputs, device=kind.device) >= num_outputs - stage.num_clusters
-    cluster_kind = torch.where(token_size > 1, int(PatchKind.CLUSTER), int(PatchKind.SINGLE))
-    cluster_kind = torch.where(token_size > 0, cluster_kind, int(PatchKind.DROPPED))
-    return torch.where(is_cluster, cluster_kind, kind)
+    slots = torch.where(assignment >= 0, assignment, num_outputs)
+    output_kind = kind.new_full((assignment.shape[0], num_outputs + 1), PatchKind.DROPPED)
+    return output_kind.scatter_reduce(1, slots, kind, "amax")[:, :num_outputs]  # MIXED is highest

@@ -14,10 +14,10 @@ python main.py --data-set DEMO --data-path "$OUTPUT/data" --output-dir "$OUTPUT"
     --smoothing 0 --drop-path 0 --no-repeated-aug --no-model-ema --num-workers 1
 
 python -m tools.sweep --checkpoint "$OUTPUT/best.pth" --data-set DEMO --data-path "$OUTPUT/data" \
-    --eval-crop-ratio 1.0 --reduction bat --keep-rate 1.0 0.7 0.5 0.3 --num-workers 1 --output-dir "$OUTPUT/sweep"
+    --reduction bat --keep-rate 1.0 0.7 0.5 0.3 --num-workers 1 --output-dir "$OUTPUT/sweep"
 
 python visualize_mask.py --checkpoint "$OUTPUT/best.pth" --data-set DEMO \
-    --data-path "$OUTPUT/data" --eval-crop-ratio 1.0 --shuffle --num-images 12 --output-dir "$OUTPUT/pictures"
+    --data-path "$OUTPUT/data" --shuffle --num-images 12 --output-dir "$OUTPUT/pictures"
 
 echo
 echo "Checkpoint:  $OUTPUT/best.pth"

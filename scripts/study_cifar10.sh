@@ -74,7 +74,7 @@ for pair in $RATIOS; do
     measure sweep "${ON[@]:2:2}" --reduction bat --keep-rate 0.5 --cluster-ratio "${pair%,*}" \
         --match-ratio "${pair#*,}" --output-dir "$OUTPUT/ratios/$pair"
 done
-measure diversity --keep-rate 0.5 --eval-crop-ratio 1.0 --output-dir "$OUTPUT/diversity"
+measure diversity --keep-rate 0.5 --output-dir "$OUTPUT/diversity"
 
 # Fine-tuned: the dense model, methods and keep rates, the ablation, extremes of bat's ratios.
 tune none_keep1 0 --reduction none --keep-rate 1

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.multiprocessing import start_processes
 
-from arguments import get_args_parser
+from arguments import data_config, get_args_parser
 from datasets import SampleDataset, build_dataset
 from utils import InputError
 
@@ -22,6 +22,11 @@ def dataset_args(data_path: Path | str, **changes: object) -> Namespace:
     strong = {"train_interpolation": "random", "reprob": 0.9, "recount": 2}
     given = {"data_path": str(data_path), "input_size": 48, "seed": 3}
     return Namespace(**vars(get_args_parser().parse_args([])) | strong | given | changes)
+
+
+def config_of(args: Namespace, input_size: int | None = None) -> dict:
+    """The data config of `dataset_args`, for inputs of its own size or another one."""
+    return data_config(args, args.input_size if input_size is None else input_size, {})
 
 
 def random_image(rng: np.random.Generator, height: int = 60, width: int = 70) -> Image.Image:
@@ -43,13 +48,13 @@ def write_image_folder(root: Path) -> Path:
 def build(is_train: bool, data_path: Path, **changes: object) -> SampleDataset:
     """The data set of `dataset_args`."""
     args = dataset_args(data_path, **changes)
-    return build_dataset(is_train, args, args.input_size)[0]
+    return build_dataset(is_train, args, config_of(args))[0]
 
 
 def refusal(is_train: bool, args: Namespace) -> str:
     """The one-line text with which `build_dataset` refuses the arguments."""
     with pytest.raises(InputError) as error:
-        build_dataset(is_train, args, args.input_size)
+        build_dataset(is_train, args, config_of(args))
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -124,13 +124,19 @@ class Launcher:
         return self._keep(Run(started[0], output, lambda: self._poll(started[0])))
 
     def ranks(self, world_size: int, *flags: object) -> list[Run]:
-        """Starts main.py as several gloo processes, as one would by hand."""
+        """Starts main.py as several gloo processes; {rank} in a flag is the process's rank."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [
-            self.main(*flags, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(world_size)
+            self.main(
+                *(str(flag).replace("{rank}", str(rank)) for flag in flags),
+                RANK=rank,
+                LOCAL_RANK=rank,
+                **shared,
+            )
+            for rank in range(world_size)
         ]
 
     def command(self, *words: object, **environment: object) -> Run:

@@ -101,7 +101,6 @@ def test_the_base_flags_are_good(
         (["--batch-size", "100"], ["--batch-size 100", "64 training images"]),
         (["--batch-size", "15", "--mixup", "0.5"], ["--batch-size", "even", "15"]),
         (["--nb-classes", "7"], ["7 classes", "4"]),
-        (["--finetune", BEST, "--resume", BEST], ["--finetune", "--resume"]),
         (["--target-gmacs", "1e-9"], ["target_gmacs 1e-09", "smallest keep rate"]),
         (["--device", "toaster"], ["toaster"]),
         (["--device", "mps"], ["mps"]),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from models import REDUCTIONS
+from models.reduction import Reduction
 
 BATCH_SIZES = (2, 5, 3)
 
@@ -51,6 +52,22 @@ def test_one_graph_for_all_batch_sizes(method: str) -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         assert torch.equal(assignments[0], expected_assignments[0])
         assert counter.frame_count == 1, f"compiled again for a batch of {batch_size}"
+
+
+def test_one_graph_with_a_method_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values are looked at in eager mode only, and there is no graph break for that."""
+    own = Reduction(lambda stage, budget: REDUCTIONS["topk"].assign(stage, budget))
+    monkeypatch.setitem(REDUCTIONS, "mine", own)
+    model = build_tiny(reduction="mine", depth=1, reduction_loc=(0,), keep_rate=0.3)
+    compiled, counter = compile_counted(model, "eager")
+    for batch_size in BATCH_SIZES:
+        images = draw_images(batch_size)
+        torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
+    dynamic = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (images.clone(),), dynamic_shapes=dynamic).module()
+    images = draw_images(5)
+    torch.testing.assert_close(exported(images), model(images), rtol=0, atol=1e-5)
 
 
 def test_one_graph_for_all_batch_sizes_with_gradients_and_without() -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,11 @@ from fault_helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tool_helpers import refusal
 
-from checkpoints import latest_checkpoint, load_checkpoint
+import tools.tokens
+import visualize_mask
+from checkpoints import latest_checkpoint, load_checkpoint, model_from_checkpoint
 from utils import InputError, write_atomically
 
 pytest_plugins = ("fault_fixtures",)
@@ -267,6 +271,80 @@ def test_wrong_types_inside(
     assert "Traceback" not in run.text()
     last = run.text().rstrip().splitlines()[-1]
     assert last.startswith("main.py: error: ") and ("checkpoint" in last or key == "model_args")
+
+
+SENSELESS = {"tensor": torch.ones(3), "nan": math.nan, "huge": 10**30, "text": "text"}
+READ_TO_RESUME = (
+    "epoch", "step", "updates", "best", "metrics", "optimizer", "lr_scheduler", "model_ema",
+    "world_size",
+)  # fmt: skip
+READ_BY_ALL = ("model", "model_args", "classes", "args", "data_config", "training_mode")
+
+
+@pytest.fixture
+def refusing(
+    call_main: RunMain, trained: Run, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> Callable[[dict, bool], None]:
+    """Checks that a checkpoint is refused in one line: on resuming, or whatever it is read for."""
+    path, out = tmp_path / "checkpoint.pth", tmp_path / "out"
+    flags = trained.flags[len(TINY_FLAGS) :]
+    tool_flags = ["--checkpoint", path, "--data-path", data_path, "--output-dir", out]
+
+    def check(contents: dict, always: bool) -> None:
+        torch.save(contents, path)
+        for mode in (["--resume"], ["--eval", "--resume"], ["--finetune"])[: 3 if always else 1]:
+            done = call_main(*flags, "--epochs", "5", *mode, path)
+            *_, last = done.stderr.splitlines()  # torch warns of some
+            assert done.returncode == 2 and last.startswith("main.py: error: "), mode
+        for script in (visualize_mask, tools.tokens) if always else ():
+            assert refusal(capsys, script.main, tool_flags).count("\n") <= 1
+        assert not out.exists()
+
+    return check
+
+
+@pytest.mark.parametrize("value", SENSELESS)
+def test_senseless_values(trained: Run, refusing: Callable, value: str) -> None:
+    whole = load(trained.folder / "checkpoint.pth")
+    for key in READ_TO_RESUME:
+        refusing(whole | {key: SENSELESS[value]}, False)
+    for key in READ_BY_ALL:
+        refusing(whole | {key: SENSELESS[value]}, True)
+
+
+INSIDE = {
+    "model_args": [
+        {"depth": 10**9}, {"embed_dim": math.nan}, {"img_size": "a"}, {"img_size": -4},
+        {"model_name": ["a"]}, {"nonsense": 1}, {"num_heads": torch.ones(2)}, {"device": "meta"},
+        {"in_chans": 1}, {"features_only": True}, {"reduction_loc": 7},
+    ],
+    "data_config": [{"crop_pct": "a"}, {"crop_pct": 0}, {"mean": [1, 2]}, {"std": [0, 1, 1]}],
+    "model": [
+        {"norm.weight": torch.ones(32, dtype=torch.complex64)},
+        {"norm.weight": torch.ones(32, dtype=torch.int64)},
+        {"norm.weight": torch.ones(32).to_sparse()},
+        {"norm.weight": torch.ones(32, device="meta")},
+        {"norm.weight": torch.ones(1).expand(10**6, 10**6)},
+        {"norm.weight": 1.0},
+        {"pos_embed": torch.ones(3)},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", INSIDE)
+def test_senseless_values_inside(trained: Run, refusing: Callable, key: str) -> None:
+    whole = load(trained.folder / "checkpoint.pth")
+    for changes in INSIDE[key]:
+        refusing(whole | {key: whole[key] | changes}, True)
+
+
+def test_weights_come_from_the_file_alone(trained: Run, tmp_path: Path) -> None:
+    """Keywords that would fetch others, from anywhere, are not even tried."""
+    whole = load(trained.folder / "best.pth")
+    fetching = {"pretrained": True, "checkpoint_path": "/nowhere", "cache_dir": "/nowhere"}
+    torch.save(whole | {"model_args": whole["model_args"] | fetching}, tmp_path / "file.pth")
+    found = model_from_checkpoint(load_checkpoint(tmp_path / "file.pth")).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole["model"].items())
 
 
 def test_older_checkpoint_takes_the_place_of_a_damaged_one(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from data_helpers import (
     build,
+    config_of,
     dataset_args,
     note,
     random_image,
@@ -86,7 +87,7 @@ def test_the_process_keeps_its_own_random_streams(folder):
 
 
 def test_evaluation_is_not_random(folder):
-    dataset, num_classes = build_dataset(False, dataset_args(folder), 48)
+    dataset, num_classes = build_dataset(False, dataset_args(folder), config_of(dataset_args("")))
     first, second = _load(dataset, list(EvalSampler(6)), 0), _load(dataset, list(range(6)), 2)
     assert torch.equal(first, second) and first.shape == (6, 3, 48, 48)
     assert num_classes == 2 and dataset.classes == ["ant", "bee"]
@@ -100,13 +101,14 @@ def test_evaluation_matches_torchvision():
     image = random_image(np.random.default_rng(1), 300, 417)
     expected = transforms.Resize(256, transforms.InterpolationMode.BICUBIC)(image)
     expected = transforms.ToTensor()(transforms.CenterCrop(224)(expected))
-    transform = build_transform(False, dataset_args(""), 224)
+    transform = build_transform(False, dataset_args(""), config_of(dataset_args(""), 224))
     assert torch.equal(transform(image), transforms.Normalize(MEAN, STD)(expected))
 
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "none"])
 def test_training_matches_timm(aa):
-    ours = build_transform(True, dataset_args("", aa=aa), 64)
+    args = dataset_args("", aa=aa)
+    ours = build_transform(True, args, config_of(args, 64))
     theirs = create_transform(
         64, is_training=True, color_jitter=0.3, auto_augment=aa if aa != "none" else None,
         interpolation="random", re_prob=0.9, re_mode="pixel", re_count=2,
@@ -126,7 +128,7 @@ def test_training_matches_timm(aa):
 @pytest.mark.parametrize("source_size", [(1, 1), (20, 9), (32, 32), (64, 200)])
 def test_every_input_size_from_every_image_size(is_train, input_size, source_size):
     image = random_image(np.random.default_rng(2), *source_size)
-    transform = build_transform(is_train, dataset_args(""), input_size)
+    transform = build_transform(is_train, dataset_args(""), config_of(dataset_args(""), input_size))
     sizes = [input_size] if isinstance(input_size, int) else list(input_size)
     assert transform(image).shape == (3, sizes[0], sizes[-1])
 
@@ -142,10 +144,10 @@ def test_very_long_images_stay_small_in_memory():
         (True, {"aa": "nonsense"}, "aa='nonsense'"),
         (True, {"aa": "rand-zz5"}, "aa='rand-zz5'"),
         (True, {"remode": "x"}, "remode='x'"),
-        (True, {"input_size": 0}, "input_size is 0, allowed"),
+        (True, {"input_size": 0}, "input_size is (0, 0), allowed"),
         (False, {"input_size": (32, 32, 3)}, "input_size is (32, 32, 3), allowed"),
-        (False, {"eval_crop_ratio": 0.0}, "eval_crop_ratio is 0.0, allowed"),
-        (False, {"eval_crop_ratio": 1.5}, "eval_crop_ratio is 1.5, allowed"),
+        (False, {"eval_crop_ratio": 0.0}, "crop ratio is 0.0, allowed"),
+        (False, {"eval_crop_ratio": 1.5}, "crop ratio is 1.5, allowed"),
     ],
 )
 def test_wrong_transforms_are_one_line(is_train, changes, name):
@@ -156,7 +158,8 @@ def test_wrong_transforms_are_one_line(is_train, changes, name):
     "aa", ["rand-m10-n9-inc1", "rand-m10-n9-inc0", "rand-m9-mstd0.5-inc1", "augmix", "v0", "3a"]
 )
 def test_auto_augment_at_any_magnitude(aa):
-    transform = build_transform(True, dataset_args("", aa=aa), 16)
+    args = dataset_args("", aa=aa)
+    transform = build_transform(True, args, config_of(args, 16))
     image = random_image(np.random.default_rng(8), 20, 20)
     for seed in range(150):
         seed_everything(seed)
@@ -164,7 +167,8 @@ def test_auto_augment_at_any_magnitude(aa):
 
 
 def test_posterize():
-    transform = build_transform(True, dataset_args("", aa="rand-m9-inc1"), 48)
+    args = dataset_args("", aa="rand-m9-inc1")
+    transform = build_transform(True, args, config_of(args))
     (augment,) = (step for step in transform.transforms if hasattr(step, "ops"))
     (operation,) = (step for step in augment.ops if step.name.startswith("Posterize"))
     image = random_image(np.random.default_rng(9))
@@ -186,6 +190,13 @@ def test_error_policy_reaches_the_training_process(folder, num_workers):
     traceback.clear_frames(error.tb)  # or some later test waits for the loader's worker
     assert str(error.value).startswith(f"cannot read image {bad}: ")
     assert "\n" not in str(error.value)
+
+
+def test_limit_of_pixels_reaches_the_workers(folder):
+    assert len(_load(build(False, folder, max_image_pixels=60 * 70), [0, 1], 1)) == 2
+    with pytest.raises(BadImageError, match=r"/val/ant/0\.png: 70 x 60 pixels, max") as error:
+        _load(build(False, folder, max_image_pixels=60 * 70 - 1), [0, 1], 1)
+    traceback.clear_frames(error.tb)
 
 
 def test_skip_policy_replaces_in_training(folder):
@@ -221,7 +232,9 @@ def test_skip_policy_gives_up_when_nothing_is_readable(folder):
 
 
 def test_bad_folders(folder):
-    assert "does not exist" in refusal(True, dataset_args(folder / "nowhere"))
+    for name in ("nowhere", "x" * 300):
+        assert "does not exist" in refusal(True, dataset_args(folder / name))
+    assert "does not exist" in refusal(True, dataset_args("~nobody-here"))
     (folder / "file").write_text("")
     assert "is not a folder" in refusal(True, dataset_args(folder / "file"))
     (folder / "train").rename(folder / "training")
@@ -233,6 +246,11 @@ def test_bad_folders(folder):
     assert f"No such file or directory: '{folder}/val'" in refusal(False, dataset_args(folder))
     (folder / "val").mkdir()
     assert f"any class folder in {folder}/val" in refusal(False, dataset_args(folder))
+    (folder / "val").rmdir()
+    for target in ("val", "file"):  # a link to itself, and no folder
+        (folder / "val").symlink_to(target)
+        assert f"no images in {folder}/val" in refusal(False, dataset_args(folder))
+        (folder / "val").unlink()
 
 
 def test_unknown_choices_list_the_allowed_ones(folder):
@@ -354,7 +372,7 @@ def test_one_process_downloads_and_the_others_wait(cifar10, tmp_path, monkeypatc
 
     def body(rank: int) -> None:
         args = dataset_args(root, data_set="CIFAR10", download=True)
-        train, val = build_datasets(args, (32, 32), CPU)
+        train, val = build_datasets(args, config_of(args, 32), CPU)
         note(events, f"{len(train)} and {len(val)} images")
 
     monkeypatch.setattr(cifar10, "download", download)

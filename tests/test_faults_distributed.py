@@ -65,6 +65,40 @@ def test_killed_rank(
     assert_same_run(tmp_path, undisturbed_ranks)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "more"), [(3, []), (4, ["--shrink-epochs", "1", "--shrink-start-epoch", "0"])]
+)
+def test_three_and_more_processes_sum_in_one_order(
+    launcher: Launcher, train_flags: list[str], tmp_path: Path, world_size: int, more: list[str]
+) -> None:
+    """Resumed after the first of the updates: two summands commute, three do not."""
+    flags = [*train_flags, "--epochs", "2", "--checkpoint-interval", "1", *more]
+    flags += ["--keep-checkpoints", "6", "--output-dir"]
+    for run in launcher.ranks(world_size, *flags, tmp_path / "undisturbed"):
+        run.finish()
+    first = tmp_path / "undisturbed" / "checkpoint.5.pth"
+    assert load(first)["updates"] == 1
+    for run in launcher.ranks(world_size, *flags, tmp_path / "resumed", "--resume", first):
+        run.finish()
+    assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
+
+
+def test_nodes_with_folders_of_their_own(
+    launcher: Launcher, train_flags: list[str], undisturbed_ranks: Path, tmp_path: Path
+) -> None:
+    """Only the first one's folder ever holds checkpoints."""
+    shutil.copytree(undisturbed_ranks, tmp_path / "0")
+    before = (tmp_path / "0" / "log.txt").read_bytes()
+    flags = [*train_flags, "--resume", "auto", "--output-dir", tmp_path / "{rank}"]
+    for run in launcher.ranks(2, *flags):
+        assert run.wait() == 2
+        (line,) = (line for line in run.text().splitlines() if "error: " in line)
+        assert "ranks [0] found epoch 3, step 0; ranks [1] found no checkpoint" in line
+        assert line.endswith("must be on a file system that all nodes share")
+        assert "Traceback" not in run.text()
+    assert (tmp_path / "0" / "log.txt").read_bytes() == before and not (tmp_path / "1").exists()
+
+
 def test_hanging_rank(launcher: Launcher, train_flags: list[str], tmp_path: Path) -> None:
     """A rank that is there and does nothing counts as lost after --dist-timeout minutes."""
     runs = {}

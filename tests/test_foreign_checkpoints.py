@@ -329,7 +329,7 @@ STATES = {
     "no optimizer": (lambda c: c.pop("optimizer"), "no training state"),
     "no epoch": (lambda c: c.pop("epoch"), "no training state"),
     "epoch": (lambda c: c.update(epoch=math.nan), "cannot be continued"),
-    "epoch huge": (lambda c: c.update(epoch=10**30), "schedule is at"),
+    "epoch huge": (lambda c: c.update(epoch=10**30), "cannot be continued"),
     "epoch of another run": (lambda c: c.update(epoch=0), "schedule is at"),
     "other rate": (
         lambda c: c["optimizer"]["param_groups"][0].update(lr=0.1),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from conftest import PLAIN_FLAGS, RUN_FLAGS, TINY_FLAGS, read_log
-from data_helpers import build, dataset_args, note, random_image, run_group
+from data_helpers import build, config_of, dataset_args, note, random_image, run_group
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset
@@ -37,13 +37,14 @@ def assert_same(batches, others) -> None:
 def training_loader(size: int = 40, **options: object) -> CachedLoader:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    return CachedLoader(images, torch.arange(size), TrainSampler(size, **options), 7)
+    sampler = TrainSampler(size, **options)
+    return CachedLoader(images, torch.arange(size), sampler, 7, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
 @pytest.mark.parametrize("input_size", [32, 24, 48, (24, 40)])
 def test_evaluation_equals_the_ordinary_loader(data_path, tmp_path, input_size):
     args = cache_args(data_path, tmp_path, input_size=input_size, eval=True)
-    dataset, _ = build_dataset(False, args, args.input_size)
+    dataset, _ = build_dataset(False, args, config_of(args))
     ours = build_cached_loader(args, dataset, EvalSampler(24), CPU)
     theirs = DataLoader(dataset, batch_size=5, sampler=EvalSampler(24))
     assert len(ours) == len(theirs) == 5
@@ -97,7 +98,7 @@ def test_an_epoch_can_be_entered_in_its_middle():
 def test_the_file_is_made_once_and_anew_when_the_data_change(data_path, tmp_path):
     args = cache_args(tmp_path / "images", tmp_path / "cache")
     shutil.copytree(data_path, tmp_path / "images")
-    dataset, _ = build_dataset(False, args, args.input_size)
+    dataset, _ = build_dataset(False, args, config_of(args))
     first = cached_images(args, dataset, False, CPU)
     (path,) = (tmp_path / "cache").glob("val-32x32-*.npy")
     made = path.stat().st_mtime_ns
@@ -122,7 +123,7 @@ def test_the_file_is_made_once_and_anew_when_the_data_change(data_path, tmp_path
 )
 def test_other_augmentation_is_refused(data_path, tmp_path, changes, words):
     args = cache_args(data_path, tmp_path / "cache", **changes)
-    dataset, _ = build_dataset(True, args, args.input_size)
+    dataset, _ = build_dataset(True, args, config_of(args))
     with pytest.raises(InputError, match=words):
         build_cached_loader(args, dataset, TrainSampler(64), CPU)
     assert not (tmp_path / "cache").exists()

@@ -1,18 +1,22 @@
 """Hostile and unusual image files: each gives an RGB image or an error with its path."""
 
+import os
 import pickle
+import socket
 import struct
 import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from data_helpers import random_image
-from PIL import Image
+from PIL import Image, ImageFile
 
-from inputs.images import BadImageError, list_images, load_image
+from arguments import get_args_parser
+from inputs.images import MAX_IMAGE_PIXELS, BadImageError, list_images, load_image
 from utils import InputError
 
 
@@ -39,6 +43,17 @@ def _pixels(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
+def _bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+# 29 bytes that are valid: 13,000 x 13,000 pixels, which take half a minute to decode.
+LARGE_GIF = (
+    b"GIF89a" + struct.pack("<HH", 13_000, 13_000) + bytes(3) + b","
+    + struct.pack("<HHHH", 0, 0, 13_000, 13_000) + b"\0\2\2\x4c\1\0;"
+)  # fmt: skip
+
 UNREADABLE: dict[str, Callable[[Path], object]] = {
     "truncated": _truncated,
     "zero bytes": lambda path: path.write_bytes(b""),
@@ -48,6 +63,11 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
         b"\xff\xd8\xff\xe0" + np.random.default_rng(1).bytes(5000)
     ),
     "bomb": lambda path: path.write_bytes(_png_header(60_000, 60_000)),
+    "large": lambda path: path.write_bytes(LARGE_GIF),
+    "FIFO": os.mkfifo,
+    "socket": _bind,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
     "program": lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "missing": lambda path: None,
 }
@@ -62,6 +82,7 @@ def test_unreadable_files_name_their_path(tmp_path, kind):
     text = str(error.value)
     assert str(path) in text and "\n" not in text
     assert len(text) > len(f"cannot read image {path}: "), "a reason is given"
+    assert kind not in ("FIFO", "socket", "device", "folder") or f"a {kind}" in text
     assert str(pickle.loads(pickle.dumps(error.value))) == text
 
 
@@ -145,20 +166,33 @@ def test_large_image_below_the_limit_prints_nothing(tmp_path, monkeypatch):
         load_image(str(tmp_path / "a.png"))
 
 
+def test_larger_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    assert load_image(str(tmp_path / "a.png"), 1200).size == (40, 30)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=AssertionError("decoded")))
+    with pytest.raises(BadImageError, match=r"40 x 30 pixels, max_image_pixels is 1199"):
+        load_image(str(tmp_path / "a.png"), 1199)
+    assert get_args_parser().parse_args([]).max_image_pixels == MAX_IMAGE_PIXELS
+
+
 def test_list_images(tmp_path):
     files = [tmp_path / name for name in ("b/2.PNG", "b/a/1.jpg", "c.jpeg", "notes.txt")]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("# a comment\n\nx/1.png\n ~/2.jpg \n")
-    assert list_images(tmp_path) == files[:3]
+        file.write_text("# a comment\n\nx/1.png\n ~/2.jpg \n~nobody-here/3.jpg")
+    os.mkfifo(tmp_path / "d.png")  # listed, for load_image to refuse
+    assert list_images(tmp_path) == [*files[:3], tmp_path / "d.png"]
     assert list_images(files[0]) == files[:1]
-    assert list_images(files[3]) == [Path("x/1.png"), Path("~/2.jpg").expanduser()]
+    named = [Path("x/1.png"), Path("~/2.jpg").expanduser(), Path("~nobody-here/3.jpg")]
+    assert list_images(files[3]) == named
 
 
 def test_no_images_to_list(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    os.mkfifo(tmp_path / "fifo")
     words = {"empty": "no image in", "binary": "neither an image", "nowhere": "does not exist"}
+    words |= {"fifo": "neither folder nor file", "x" * 300: "does not exist"}
     for name, text in words.items():
         with pytest.raises(InputError, match=text):
             list_images(tmp_path / name)

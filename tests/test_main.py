@@ -19,10 +19,12 @@ from conftest import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+from arguments import data_config
 from checkpoints import load_checkpoint, model_from_checkpoint
 from engine import evaluate
 from inputs.demo import make_demo
-from models import count_gmacs
+from models import REDUCTIONS, count_gmacs
+from models.reduction import Reduction
 
 CPU = torch.device("cpu")
 
@@ -117,7 +119,9 @@ def test_checkpoints_hold_plain_values_and_the_moving_average(trained: Run) -> N
 
 def evaluate_by_hand(model, data_path: Path) -> float:
     args = main.get_args_parser().parse_args([*RUN_FLAGS, "--data-path", str(data_path), "--eval"])
-    loader = main.build_val_loader(args, main.build_datasets(args, (32, 32), CPU)[1], CPU)
+    loader = main.build_val_loader(
+        args, main.build_datasets(args, data_config(args, 32, {}), CPU)[1], CPU
+    )
     return evaluate(loader, model, CPU)["acc1"]
 
 
@@ -231,6 +235,22 @@ def test_shrinking_keep_rate_ends_at_its_value(
     assert tuple(saved["model_args"]["keep_rate"]) == (0.4, 0.6)
 
 
+def test_best_is_of_the_final_keep_rate(
+    call_main: RunMain, data_path: Path, tmp_path: Path
+) -> None:
+    """Epochs at a higher keep rate do not compete, however good they are."""
+    shrink = ["--shrink-epochs", "0", "--shrink-start-epoch", "2", "--keep-rate", "0.3"]
+    base = [*train_flags(data_path, *PLAIN_FLAGS), "--output-dir", tmp_path, *shrink]
+    assert call_main(*base, "--epochs", "4", "--lr", "0").returncode == 0  # every epoch alike
+    entries = read_log(tmp_path)
+    assert [entry["keep_rate"] for entry in entries] == [[1, 1], [0.3, 0.3], [0.3, 0.3], [0.3, 0.3]]
+    saved = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert saved["epoch"] == 1 and saved["best"]["test_acc1"] == entries[1]["test_acc1"]
+    again = call_main("--eval", "--resume", tmp_path / "best.pth", *RUN_FLAGS, "--data-path",
+                      data_path)  # fmt: skip
+    assert f"Acc@1 {entries[1]['test_acc1']:.3f}" in again.stdout
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(
     call_main: RunMain, trained: Run, data_path: Path, tmp_path: Path, kind: str
@@ -249,6 +269,26 @@ def test_distillation(
         assert done.returncode == 0
         losses.append(read_log(folder)[0]["train_loss"])
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("wrong", ["shape", "value"])
+def test_method_of_ones_own_that_is_wrong(
+    call_main: RunMain, data_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """The shape is seen when GMACs are counted, the values with the first batch."""
+    topk = REDUCTIONS["topk"].assign
+    assign = {
+        "shape": lambda stage, budget: topk(stage, budget)[0],
+        "value": lambda stage, budget: topk(stage, budget) + 1,
+    }
+    monkeypatch.setitem(REDUCTIONS, "mine", Reduction(assign[wrong]))
+    flags = [*TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--data-path", data_path, "--batch-size", "16"]
+    done = call_main(*flags, "--reduction", "mine", "--epochs", "1")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("main.py: error: reduction 'mine' gave an assignment ")
+    assert ("of shape (16,)" if wrong == "shape" else "with an index 12") in line
+    assert ("parameters" in done.stdout) == (wrong == "value")
 
 
 def test_loss_that_is_not_finite(call_main: RunMain, data_path: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from stage_helpers import (
     merge_images,
     run_stage,
 )
+from torch import Tensor
 
 from models import describe, find_keep_rate
 from models.reduction import (
@@ -163,6 +164,34 @@ def test_a_method_of_ones_own_is_a_function_and_a_registry_line(monkeypatch):
     assert logits.shape == (2, 4)
     assert assignments[1].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
     assert "reduction mine" in describe(model) and find_keep_rate(model, 1.0) == 1.0
+
+
+WRONG = {
+    "with an index 2": lambda groups: groups + 1,
+    "with an index -2": lambda groups: groups.masked_fill(groups == 0, -2),
+    "with an empty group": lambda groups: groups.masked_fill(groups == 1, 0),
+    "a torch.float32": Tensor.float,
+    "a torch.int32": Tensor.int,
+    "a list": Tensor.tolist,
+    "of shape (2, 3)": lambda groups: groups[:, 1:],
+    "of shape (4,)": lambda groups: groups[0],
+}
+
+
+@pytest.mark.parametrize("problem", WRONG)
+def test_wrong_assignment_of_ones_own(monkeypatch, problem):
+    """Four tokens, two groups; only in the second image, where that is possible."""
+    groups = torch.tensor([[0, -1, 1, 0], [0, 1, 1, 0]])
+    wrong = WRONG[problem](groups)
+    if torch.is_tensor(wrong) and wrong.shape == groups.shape and wrong.dtype == groups.dtype:
+        wrong[0] = groups[0]
+    given = [wrong, groups]
+    monkeypatch.setitem(REDUCTIONS, "mine", Reduction(lambda stage, budget: given.pop()))
+    run_stage("mine", torch.randn(2, 4, 3), torch.rand(2, 4))
+    with pytest.raises(ValueError) as error:
+        run_stage("mine", torch.randn(2, 4, 3), torch.rand(2, 4))
+    assert f"'mine' gave an assignment {problem};" in str(error.value)
+    assert "(2, 4)" in str(error.value) and "0 .. 1" in str(error.value)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -163,7 +163,7 @@ def test_newest_checkpoints_and_the_best_are_kept(
 
 
 def make_folder(path: Path, keep_checkpoints: int = 2) -> RunFolder:
-    return RunFolder(path, SimpleNamespace(keep_checkpoints=keep_checkpoints), {}, ["a"])
+    return RunFolder(path, SimpleNamespace(keep_checkpoints=keep_checkpoints), model_args={})
 
 
 def make_state(epoch: int) -> SimpleNamespace:

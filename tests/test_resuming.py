@@ -150,6 +150,56 @@ def test_another_input_size_needs_finetune(call_main: RunMain, trained: Run) -> 
     assert done.returncode == 2 and "another input size: use --finetune" in done.stderr
 
 
+@pytest.mark.parametrize("with_finetune", [False, True])
+def test_fine_tuning_goes_on_in_its_mode(
+    call_main: RunMain, trained: Run, data_path: Path, tmp_path: Path, with_finetune: bool
+) -> None:
+    """Resumed by path, with or without --finetune beside it: stochastic depth stays off."""
+    finetune = ["--finetune", trained.folder / "best.pth"]
+    base = [*RUN_FLAGS, "--data-path", data_path, "--batch-size", "16", "--warmup-epochs", "0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call_main(*base, *finetune, "--epochs", "2", "--output-dir", whole).returncode == 0
+    assert (
+        call_main(
+            *base, *finetune, "--epochs", "2", "--output-dir", parts, "--keep-checkpoints", "2"
+        ).returncode
+        == 0
+    )
+    resume = ["--resume", parts / "checkpoint.1.pth", *(finetune if with_finetune else [])]
+    done = call_main(*base, *resume, "--epochs", "2", "--output-dir", parts)
+    assert done.returncode == 0 and "resumed" in done.stdout
+    losses = [[entry["train_loss"] for entry in read_log(folder)] for folder in (whole, parts)]
+    assert losses[0] == losses[1]
+    again = load_checkpoint(parts / "checkpoint.pth")
+    assert again["training_mode"] is False
+
+
+def test_a_head_of_other_classes_is_not_evaluated(
+    call_main: RunMain, trained: Run, tmp_path: Path
+) -> None:
+    root = write_images(tmp_path / "two", {"black": (0, 0, 0), "white": (255, 255, 255)}, size=32)
+    best = trained.folder / "best.pth"
+    done = call_main("--eval", "--finetune", best, "--data-path", root, *RUN_FLAGS)
+    assert done.returncode == 2 and "the model has 4 classes, the data set 2" in done.stderr
+
+
+def test_crop_and_normalisation_travel_with_the_checkpoint(
+    call_main: RunMain, trained: Run, data_path: Path, tmp_path: Path
+) -> None:
+    own = ["--eval-crop-ratio", "0.5", "--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.3", "0.4"]
+    base = [*RUN_FLAGS, "--data-path", data_path, "--input-size", "48"]
+    flags = ["--finetune", trained.folder / "best.pth", "--epochs", "1", "--batch-size", "16"]
+    assert call_main(*base, *flags, *own, "--output-dir", tmp_path).returncode == 0
+    config = load_checkpoint(tmp_path / "best.pth")["data_config"]
+    values = {"input_size": (48, 48), "crop_pct": 0.5, "mean": (0.5, 0.4, 0.3)}
+    assert config == values | {"std": (0.2, 0.3, 0.4)}
+    [entry] = read_log(tmp_path)
+    evaluated = ["--eval", "--resume", tmp_path / "best.pth", *RUN_FLAGS, "--data-path", data_path]
+    line = f"Acc@1 {entry['test_acc1']:.3f}  Acc@5 100.000  loss {entry['test_loss']:.4f}"
+    assert line in call_main(*evaluated).stdout
+    assert line not in call_main(*evaluated, "--eval-crop-ratio", "1").stdout  # a flag wins
+
+
 def test_finetuning_for_other_classes_and_another_size(
     call_main: RunMain, trained: Run, tmp_path: Path
 ) -> None:

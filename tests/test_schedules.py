@@ -45,7 +45,7 @@ def recipe_flags(keep_rate: str, folder: Path, gpus: int = 1, most: int = 64) ->
 @pytest.mark.parametrize("keep_rate", RELEASED)
 def test_recipes_have_the_released_learning_rates(keep_rate: str, tmp_path: Path) -> None:
     args = parse(recipe_flags(keep_rate, tmp_path))
-    assert args.keep_rate == [float(keep_rate)] and args.shrink_epochs == 0
+    assert args.keep_rate == [float(keep_rate)] and args.shrink_epochs is None
     assert bool(args.finetune) == (keep_rate != "0.7")
     assert args.batch_size * args.accum_steps == (2048 if keep_rate == "0.7" else 1024)
     state = build_state(args, build_tiny(), CPU)
@@ -109,8 +109,9 @@ def test_shrinking_follows_evits_cosine() -> None:
         before = rates
 
 
-def test_no_shrinking_is_the_keep_rate_at_once() -> None:
-    assert shrunk_keep_rate(0, [0.5], start_epoch=10, shrink_epochs=0) == (0.5,)
+def test_no_shrinking_is_a_step() -> None:
+    assert shrunk_keep_rate(0.99, [0.5], start_epoch=1, shrink_epochs=0) == (1.0,)
+    assert shrunk_keep_rate(1, [0.5], start_epoch=1, shrink_epochs=0) == (0.5,)
     assert shrunk_keep_rate(0, [0.5], start_epoch=0, shrink_epochs=2) == (1.0,)
 
 

@@ -2,13 +2,14 @@
 
 import json
 import signal
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import VAL_IMAGES
-from data_helpers import dataset_args
+from data_helpers import config_of, dataset_args
 from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 from torch.utils.data import DataLoader
 
@@ -99,7 +100,8 @@ def single(root, flags):
 @pytest.fixture(scope="module")
 def evaluated(data_path):
     """`evaluated(model)`: its accuracies and loss, in an evaluation of its own."""
-    loader = DataLoader(build_dataset(False, dataset_args(data_path), 32)[0], batch_size=5)
+    args = dataset_args(data_path)
+    loader = DataLoader(build_dataset(False, args, config_of(args, 32))[0], batch_size=5)
     return lambda model: evaluate(loader, model, torch.device("cpu"), print_freq=100)
 
 
@@ -310,12 +312,15 @@ def test_bootstrap_interval():
     gain = first.astype(int) - second
     drawn = gain[rng.integers(0, 1000, (4000, 1000))].mean(axis=1)
     expected = np.percentile(100 * drawn, [2.5, 97.5])
-    assert [result["low"], result["high"]] == pytest.approx(expected, abs=0.15)
+    assert [result["difference_low"], result["difference_high"]] == pytest.approx(
+        expected, abs=0.15
+    )
     # The normal approximation: 4 +- 1.96 * sqrt(0.14 - 0.04^2) / sqrt(1000) * 100.
     width = 2 * 1.96 * 0.372 / 1000**0.5 * 100
-    assert result["high"] - result["low"] == pytest.approx(width, rel=0.05)
+    assert result["difference_high"] - result["difference_low"] == pytest.approx(width, rel=0.05)
     same = compare_paired(first, first)
-    assert [same[name] for name in ("difference", "low", "high", "p_value")] == [0, 0, 0, 1]
+    same.pop("acc1_first"), same.pop("acc1_second")
+    assert list(same.values()) == [0, 0, 0, 0, 0, 1]
 
 
 def test_comparisons_come_from_the_predictions(finished):
@@ -329,9 +334,28 @@ def test_comparisons_come_from_the_predictions(finished):
         assert line.difference == pytest.approx(100 * (first.mean() - second.mean()))
 
 
+def test_interval_of_the_accuracy(finished):
+    """Wilson's: where the true share p is 1.96 standard errors sqrt(p (1 - p) / n) away."""
+    rows, _ = read(finished)
+    z = NormalDist().inv_cdf(0.975)
+    for row in rows:
+        share, low, high = (row[name] / 100 for name in ("acc1", "acc1_low", "acc1_high"))
+        assert 0 <= low <= share <= high <= 1
+        for end in {low, high} - {0, 1}:
+            error = (end * (1 - end) / NUM_IMAGES) ** 0.5
+            assert abs(end - share) == pytest.approx(z * error)
+    assert all(name in pd.read_csv(finished / "sweep.csv") for name in ("acc1_low", "acc1_high"))
+    figure = plot_accuracy(rows, bars="95 % interval")
+    segments = [bar for bars in figure.axes[0].collections for bar in bars.get_segments()]
+    drawn = sorted((bar[0, 0], bar[0, 1], bar[1, 1]) for bar in segments)
+    expected = sorted((row["gmacs"], row["acc1_low"], row["acc1_high"]) for row in rows)
+    np.testing.assert_allclose(drawn, expected)
+    assert "bars: 95 % interval" in figure.legends[0].get_title().get_text()
+
+
 def test_figure_shows_the_table(finished):
     rows, _ = read(finished)
-    axes = plot_accuracy(rows).axes[0]
+    axes = plot_accuracy(rows, bars="").axes[0]
     assert "GMACs" in axes.get_xlabel() and "%" in axes.get_ylabel()
     lines = {line.get_gid(): line for line in axes.lines}
     assert set(lines) == {f"{c}:{m}" for c in "ab" for m in ("none", "topk", "evit", "bat", "tome")}
@@ -354,14 +378,3 @@ def test_figure_shows_the_table(finished):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     for suffix, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
         assert (finished / f"sweep.{suffix}").read_bytes().startswith(start)
-
-
-def test_figure_of_means_has_error_bars():
-    """Rows of tools/table.py: no checkpoint, but a standard deviation."""
-    rows = [
-        {"reduction": reduction, "keep_rate": rate, "gmacs": rate, "acc1": 50.0, "acc1_std": 2.0}
-        for reduction, rate in (("none", 1.0), ("bat", 0.5), ("bat", 0.7))
-    ]
-    axes = plot_accuracy(rows).axes[0]
-    heights = [bar[:, 1].tolist() for bars in axes.collections for bar in bars.get_segments()]
-    assert heights == [[48.0, 52.0]] * 3

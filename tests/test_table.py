@@ -45,12 +45,12 @@ def test_a_row_has_the_paired_error_of_its_difference(tmp_path):
     # The differences of the four images are 0, 1, 1, 0: mean 1/2, variance 4 * (1/2)^2 / 3 = 1/3,
     # standard error sqrt(1/3 / 4).
     assert rows[0]["difference"] == pytest.approx(50)
-    assert rows[0]["error"] == pytest.approx(100 * math.sqrt(1 / 12))
+    assert rows[0]["standard_error"] == pytest.approx(100 * math.sqrt(1 / 12))
     assert (rows[0]["acc1"], rows[0]["gmacs"], rows[0]["epochs"]) == (75, 2.5, 3)
     assert (rows[0]["keep_rate"], rows[1]["keep_rate"]) == ("0.6 0.8", "0.5")
     assert (rows[0]["reduction"], rows[0]["cluster_ratio"]) == ("bat", 0.4)  # the model's defaults
     assert rows[1]["reduction"] == "evit" and math.isnan(rows[1]["cluster_ratio"])
-    assert (rows[1]["difference"], rows[1]["error"]) == (0, 0)
+    assert (rows[1]["difference"], rows[1]["standard_error"]) == (0, 0)
 
 
 def test_runs_that_differ_in_their_seed_alone_make_one_row(tmp_path):
@@ -63,17 +63,19 @@ def test_runs_that_differ_in_their_seed_alone_make_one_row(tmp_path):
     # Shares of the seeds that are right: 1, 1/2, 1/2, 0; the other run is right everywhere.
     # The differences 0, 1/2, 1/2, 1 have mean 1/2 and variance 1/6.
     assert rows[1]["difference"] == pytest.approx(50)
-    assert rows[1]["error"] == pytest.approx(100 * math.sqrt(1 / 24))
+    assert rows[1]["standard_error"] == pytest.approx(100 * math.sqrt(1 / 24))
 
 
 def test_without_the_answers_there_is_a_difference_but_no_error(tmp_path):
     first = write_run(tmp_path / "first", "1110")
     second = write_run(tmp_path / "second", "1000", lr=1, saved=False)
     row = table.make_table([first], second).iloc[0]
-    assert row.difference == 50 and math.isnan(row.error)
+    assert row.difference == 50 and math.isnan(row.standard_error)
 
 
-def test_command_line_writes_table_and_figure(tmp_path, capsys):
+def test_command_line_writes_table_and_figure(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(table, "save_figure", lambda figure, stem: drawn.append((figure, stem)))
     folders = [
         write_run(tmp_path / "bat", "1110", keep_rate=[0.6, 0.8]),
         write_run(tmp_path / "dense", "1111", model_args={"reduction": "none"}, keep_rate=[1.0]),
@@ -87,7 +89,11 @@ def test_command_line_writes_table_and_figure(tmp_path, capsys):
     )
     assert (out / "table.md").read_text().splitlines() == lines[:4]
     assert pd.read_csv(out / "table.csv").acc1.tolist() == [75, 100]
-    assert {"accuracy.png", "accuracy.pdf"} <= {path.name for path in out.iterdir()}
+    ((figure, stem),) = drawn
+    assert stem == out / "accuracy"
+    # The differences are 0, 0, 0 and -1: standard error sqrt((3/4) / (4 * 3)) = 1/4.
+    bars = [bar[:, 1] for each in figure.axes[0].collections for bar in each.get_segments()]
+    np.testing.assert_allclose(bars, [[75 - 1.96 * 25, 75 + 1.96 * 25], [100, 100]])
 
 
 @pytest.mark.parametrize(

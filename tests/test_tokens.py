@@ -12,6 +12,7 @@ from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 
 import models
 from models.reduction import ReducedTokens, merge_tokens
+from models.trace import PatchKind, trace_patches
 from tools import tokens
 from tools.common import block_outputs
 from tools.tokens import follow_patches, plot_patches
@@ -116,6 +117,15 @@ def test_importance_is_that_of_the_token_before(model):
     stays = ~np.isnan(column("stage1_group"))
     for own, kept in zip(importance, stays, strict=True):
         assert own[kept].min() >= own[~kept].max()
+
+
+def test_kinds_are_those_of_the_trace(model):
+    _, assignments = model.forward_with_assignments(IMAGES)
+    table, _ = follow(model)
+    for stage, trace in zip(STAGES, trace_patches(assignments, model.stages()), strict=True):
+        kinds = [PatchKind(kind).name.lower() for kind in trace.kind.flatten().tolist()]
+        assert table[f"stage{stage}_kind"].tolist() == kinds
+    assert {"single", "mixed"} <= set(table.stage3_kind)
 
 
 @pytest.mark.parametrize("reduction", ["none", "topk", "bat"])

@@ -8,7 +8,7 @@ import torch
 
 from models.trace import PatchKind, compose_assignments, trace_patches
 
-DROPPED, SINGLE, PAIR, CLUSTER = (int(kind) for kind in PatchKind)
+DROPPED, SINGLE, PAIR, CLUSTER, MIXED = (int(kind) for kind in PatchKind)
 
 
 class Shape(NamedTuple):
@@ -34,24 +34,25 @@ def make_assignments(shapes, *, num_patches, drop, batch=3, seed=0):
 
 
 def trace_slowly(assignments, shapes):
-    """One image at a time: each token is the list of its patches, and a kind."""
+    """One image at a time: a token is the list of its patches, and the set of its merges' kinds."""
     results = []
     for b in range(assignments[0].shape[0]):
-        tokens = [([patch], SINGLE) for patch in range(assignments[0].shape[1])]
+        tokens = [([patch], set()) for patch in range(assignments[0].shape[1])]
         stages = []
         for assignment, shape in zip(assignments, shapes, strict=True):
             outputs = []
             for k in range(shape.num_outputs):
                 members = [tokens[n] for n in range(len(tokens)) if assignment[b, n] == k]
                 patches = [patch for member in members for patch in member[0]]
-                if k >= shape.num_outputs - shape.num_clusters:
-                    kind = CLUSTER if len(patches) > 1 else SINGLE
-                else:
-                    kind = PAIR if len(members) > 1 else members[0][1]
-                outputs.append((patches, kind))
+                merges = set().union(*(member[1] for member in members))
+                if len(members) > 1:
+                    is_cluster = k >= shape.num_outputs - shape.num_clusters
+                    merges.add(CLUSTER if is_cluster else PAIR)
+                outputs.append((patches, merges))
             tokens = outputs
             rows = [(-1, DROPPED, 0)] * assignments[0].shape[1]
-            for k, (patches, kind) in enumerate(tokens):
+            for k, (patches, merges) in enumerate(tokens):
+                kind = MIXED if len(merges) > 1 else next(iter(merges), SINGLE)
                 for patch in patches:
                     rows[patch] = (k, kind, len(patches))
             stages.append(rows)
@@ -100,7 +101,7 @@ def test_composition_does_not_share_memory_with_its_input():
 def test_kinds_of_a_hand_worked_case():
     # Stage 1: patches 0 and 1 are matched, 2 stays, 3 and 4 form a cluster, 5 is a cluster alone.
     # Stage 2: the pair stays, the cluster (3, 4) is kept as an attentive token, 2 and 5 cluster.
-    # Stage 3: everything but the pair is merged by matching; the pair sits alone in a cluster slot.
+    # Stage 3: the two clusters are matched; the pair sits alone in a cluster's place.
     assignments = [
         torch.tensor([[0, 0, 1, 2, 2, 3]]),
         torch.tensor([[0, 2, 1, 2]]),
@@ -111,8 +112,31 @@ def test_kinds_of_a_hand_worked_case():
     assert traces[0].size.tolist() == [[2, 2, 1, 2, 2, 1]]
     assert traces[1].kind.tolist() == [[PAIR, PAIR, CLUSTER, CLUSTER, CLUSTER, CLUSTER]]
     assert traces[1].group.tolist() == [[0, 0, 2, 1, 1, 2]]
-    assert traces[2].kind.tolist() == [[CLUSTER, CLUSTER, PAIR, PAIR, PAIR, PAIR]]
+    assert traces[2].kind.tolist() == [[PAIR, PAIR, MIXED, MIXED, MIXED, MIXED]]
     assert traces[2].size.tolist() == [[2, 2, 4, 4, 4, 4]]
+
+
+# Stage 1 makes token 0 by matching patches 0 and 1, leaves patch 2, and makes token 2 by clustering
+# patches 3 and 4; the second stage merges two of them and leaves the third.
+@pytest.mark.parametrize(
+    ("second", "num_clusters", "expected"),
+    [
+        ([0, 0, 1], 0, [PAIR, PAIR, PAIR, CLUSTER, CLUSTER]),  # pair and patch, matched
+        ([1, 1, 0], 1, [MIXED, MIXED, MIXED, CLUSTER, CLUSTER]),  # pair and patch, clustered
+        ([0, 1, 1], 0, [PAIR, PAIR, MIXED, MIXED, MIXED]),  # patch and cluster, matched
+        ([0, 1, 1], 1, [PAIR, PAIR, CLUSTER, CLUSTER, CLUSTER]),  # patch and cluster, clustered
+        ([0, 1, 0], 0, [MIXED, MIXED, SINGLE, MIXED, MIXED]),  # pair and cluster, matched
+        ([1, 0, 1], 1, [MIXED, MIXED, SINGLE, MIXED, MIXED]),  # pair and cluster, clustered
+        ([1, 0, -1], 2, [PAIR, PAIR, SINGLE, DROPPED, DROPPED]),  # alone in a cluster's place
+    ],
+)
+def test_a_token_keeps_the_kind_of_its_making_or_is_mixed(second, num_clusters, expected):
+    assignments = [torch.tensor([[0, 0, 1, 2, 2]]), torch.tensor([second]), torch.tensor([[0, 0]])]
+    shapes = [Shape(3, 1), Shape(2, num_clusters), Shape(1, 1)]
+    traces = trace_patches(assignments, shapes)
+    assert traces[1].kind.tolist() == [expected]
+    if MIXED in expected:  # and so it stays
+        assert set(traces[2].kind.flatten().tolist()) == {MIXED}
 
 
 def test_identity_stages_keep_every_kind():

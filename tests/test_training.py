@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from training_helpers import CPU, Task, parse
 
 from engine import DivergenceError, TrainState, evaluate
-from main import build_criterion, build_mixup, train_options
-from utils import AMP_DTYPES, InputError
+from main import build_criterion, build_mixup, find_training_mode, train_options
+from utils import AMP_DTYPES, InputError, logger
 
 SGD = ["--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--unscale-lr"]
 
@@ -151,17 +152,49 @@ class _SpoilGradient(torch.autograd.Function):
         return gradient * context.value, None
 
 
-def test_fine_tuning_runs_in_evaluation_mode_unless_asked() -> None:
-    rates = (0.5, 0.5)
-    finetune = ["--finetune", "https://example.org/deit.pth"]
-    assert train_options(parse([]), rates, CPU).training_mode
-    assert not train_options(parse(finetune), rates, CPU).training_mode
-    assert train_options(parse([*finetune, "--train-mode"]), rates, CPU).training_mode
-    assert not train_options(parse(["--no-train-mode"]), rates, CPU).training_mode
+FINETUNE = ["--finetune", "https://example.org/deit.pth"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "resumed", "expected"),
+    [
+        ([], {}, True),
+        (FINETUNE, {}, False),
+        ([*FINETUNE, "--train-mode"], {}, True),
+        (["--no-train-mode"], {}, False),
+        ([], {"training_mode": False, "args": {"finetune": ""}}, False),
+        (["--train-mode"], {"training_mode": False}, True),
+        (FINETUNE, {"training_mode": True}, True),
+        ([], {"args": {"finetune": "deit.pth"}}, False),  # EViT's, or an older run of ours
+        ([], {"args": {"finetune": "deit.pth", "train_mode": True}}, True),  # DeiT's
+        (FINETUNE, {"args": {"finetune": ""}}, True),
+    ],
+)
+def test_fine_tuning_runs_in_evaluation_mode_unless_asked(flags, resumed, expected) -> None:
+    assert find_training_mode(parse(flags), resumed) is expected
+
+
+@pytest.mark.parametrize("flags", [["--drop-path", "0.1"], ["--drop", "0.2"], []])
+def test_flags_without_effect_in_fine_tuning_are_said(flags, monkeypatch) -> None:
+    messages = []
+    monkeypatch.setattr(logger, "info", messages.append)
+    find_training_mode(parse([*FINETUNE, *flags]), {})
+    assert any("have no effect" in message for message in messages) == bool(flags)
+
+
+def test_keep_rate_schedule_needs_a_flag() -> None:
+    def schedule(*flags: str) -> Callable | None:
+        return train_options(parse([*flags]), (0.5, 0.5), CPU, training_mode=True).keep_rate_at
+
+    assert schedule() is None
+    once = schedule("--shrink-start-epoch", "1")
+    assert [once(epoch) for epoch in (0, 0.99, 1)] == [(1, 1), (1, 1), (0.5, 0.5)]
+    evits = schedule("--shrink_epochs", "0")  # as EViT's finetune.sh has it
+    assert [evits(epoch) for epoch in (9.9, 10)] == [(1, 1), (0.5, 0.5)]
     for flag, expected in (("--compile", False), ("--no-compile", True)):
-        options = train_options(parse(["--shrink-epochs", "5", flag]), rates, CPU)
-        assert options.shrink_by_step is expected and options.keep_rate_at(99) == rates
-    assert train_options(parse([]), rates, CPU).keep_rate_at is None
+        args = parse(["--shrink-epochs", "5", flag])
+        options = train_options(args, (0.5, 0.5), CPU, training_mode=True)
+        assert options.shrink_by_step is expected and options.keep_rate_at(99) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("training_mode", [True, False])

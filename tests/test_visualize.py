@@ -1,12 +1,13 @@
 """The script that draws the pictures, and its pictures by their pixels."""
 
 import io
-from types import SimpleNamespace
+import os
 
 import numpy as np
 import pytest
 import timm
 import torch
+from data_helpers import config_of, dataset_args
 from PIL import Image
 
 import models  # noqa: F401 (registers the models)
@@ -15,7 +16,7 @@ from datasets import build_transform
 from models.trace import PatchKind, trace_patches
 from visualize_mask import BORDER_COLOURS, Panel, Picture, Source, draw_stage
 
-DROPPED, SINGLE, PAIR, CLUSTER = (int(kind) for kind in PatchKind)
+DROPPED, SINGLE, PAIR, CLUSTER, MIXED = (int(kind) for kind in PatchKind)
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
 MODEL_ARGS = {"model_name": "bat_deit_tiny_patch16_224", "img_size": (32, 48), **SHAPE}
 MODEL_ARGS["reduction_loc"] = (1, 2)
@@ -23,7 +24,8 @@ MODEL_FLAGS = [
     "--model", MODEL_ARGS["model_name"], "--input-size", "32", "48", "--reduction-loc", "1", "2",
     "--model-kwargs", *(f"{name}={value}" for name, value in SHAPE.items()),
 ]  # fmt: skip
-TRANSFORM = build_transform(False, SimpleNamespace(eval_crop_ratio=0.875), (32, 48))
+CONFIG = config_of(dataset_args(""), (32, 48))
+TRANSFORM = build_transform(False, dataset_args(""), CONFIG)
 
 
 def random_image(height, width, seed=0):
@@ -45,17 +47,17 @@ def find_panel(canvas, panel):
 def draw_slowly(image, group, kind, grid_size, scale):
     """The definition in `draw_stage`, pixel by pixel."""
     cell = [scale * side // count for side, count in zip(image.shape, grid_size, strict=False)]
-    width = max(1, min(cell) // 12)
-    owner = np.full([scale * side + 2 * width for side in image.shape[:2]], -2)  # -2: outside
     patches = np.kron(np.arange(group.size).reshape(grid_size), np.ones(cell, dtype=int))
-    owner[width:-width, width:-width] = group[patches]
+    owner, own_kind = np.pad(group[patches], 1, constant_values=-2), np.pad(kind[patches], 1)
     panel = np.kron(image, np.ones((scale, scale, 1), dtype=np.uint8))
+    period = max(4, min(cell) // 4)
     for y, x in np.ndindex(*patches.shape):
         token, token_kind = group[patches[y, x]], kind[patches[y, x]]
         if token_kind == DROPPED:
-            panel[y, x] = 255
+            panel[y, x] = 150 if (y + x) % period < period // 4 else 255
         elif token_kind != SINGLE:
-            is_border = (owner[y : y + 2 * width + 1, x : x + 2 * width + 1] != token).any()
+            other_kind = (own_kind[y : y + 3, x : x + 3] != token_kind).any()
+            is_border = other_kind or (owner[y : y + 2, x : x + 2] != token).any()
             mean = image[group[patches[::scale, ::scale]] == token].mean(axis=0, dtype=np.float64)
             panel[y, x] = BORDER_COLOURS[token_kind] if is_border else np.rint(mean)
     return panel
@@ -69,10 +71,30 @@ def test_panel_equals_its_definition(grid_size, patch, scale):
     image = random_image(*np.multiply(grid_size, patch))
     group = np.random.default_rng(0).integers(-1, 4, np.prod(grid_size))
     group[0], group[-1] = 4, -1  # a token of one patch, and a dropped one
-    kind = np.array([PAIR, CLUSTER, CLUSTER, PAIR, SINGLE, DROPPED])[group]
+    kind = np.array([PAIR, CLUSTER, CLUSTER, MIXED, SINGLE, DROPPED])[group]
     panel = draw_stage(image, group, kind, grid_size, scale)
     assert panel.dtype == np.uint8
     np.testing.assert_array_equal(panel, draw_slowly(image, group, kind, grid_size, scale))
+
+
+@pytest.mark.parametrize(("side", "cell"), [(224, 7), (32, 1), (512, 16)])
+@pytest.mark.parametrize("draw", [visualize_mask.PANEL, visualize_mask.THUMBNAIL])
+def test_colours_show_at_32_by_32_patches(side, cell, draw):
+    """Each patch a token of its own: one line between two, four fifths of the length visible."""
+    image, grid_size = random_image(side, side), (32, 32)
+    scale = visualize_mask.choose_scale(image, grid_size, draw)
+    group, kind = np.arange(1024) // 2, np.full(1024, CLUSTER)
+    is_border = (draw_stage(image, group, kind, grid_size, scale) == BORDER_COLOURS[CLUSTER]).all(2)
+    for line in (is_border[cell * scale // 2], is_border[:, cell * scale // 2]):
+        assert line[0] and line[-1] and not (line[1:] & line[:-1]).any()
+        assert (~line).mean() >= 0.8
+
+
+def test_a_dropped_patch_is_no_white_token():
+    white = np.full((32, 32, 3), 255, dtype=np.uint8)
+    panel = draw_stage(white, np.array([0, -1]), np.array([SINGLE, DROPPED]), (1, 2), 2)
+    assert (panel[:, :32] == 255).all()
+    assert 0.1 < (panel[:, 32:] < 255).mean() < 0.5
 
 
 def make_picture(image, grid_size, num_stages, name="name.png"):
@@ -112,14 +134,31 @@ def test_contact_sheet_holds_every_strip_and_the_legend():
         strip = visualize_mask.draw_strip(picture)
         assert strip.shape == (80 + 6, 2 * 120 + 9, 3)  # half the size, whole pixels a patch
         assert find_panel(sheet, strip)
-    for colour in BORDER_COLOURS.values():
-        assert (sheet[-45:] == colour).all(axis=-1).any()
+    for kind, colour in BORDER_COLOURS.items():
+        assert (sheet[-45:] == colour).all(axis=-1).any() == (kind != MIXED)
+
+
+@pytest.mark.parametrize("kinds", [[SINGLE], [SINGLE, DROPPED], [PAIR, CLUSTER, MIXED]])
+def test_the_legend_explains_what_is_there(kinds):
+    stage = Panel("", np.arange(len(kinds)), np.array(kinds))
+    picture = Picture(Source("", "", None), "", random_image(32, 96), (1, len(kinds)), [stage])
+    for figure in (
+        visualize_mask.draw_picture(picture, ""),
+        visualize_mask.draw_contact_sheet([picture], ""),
+    ):
+        labels = [text.get_text() for text in figure.legends[0].texts]
+        assert labels == [visualize_mask.KIND_LABELS[kind] for kind in kinds if kind] + (
+            [visualize_mask.KIND_LABELS[DROPPED]] if DROPPED in kinds else []
+        )
+        legend = figure.legends[0].get_window_extent()
+        assert legend.x1 <= figure.bbox.width
 
 
 def test_tokens_are_counted_by_kind():
-    group = np.array([0, 0, 1, 2, 2, 3, 3, 4, -1, -1])
-    kind = np.array([PAIR, PAIR, SINGLE, CLUSTER, CLUSTER, CLUSTER, CLUSTER, SINGLE, 0, 0])
-    expected = "2 of one patch, 1 matched, 2 clustered; dropped patches: 2"
+    group = np.array([0, 0, 1, 2, 2, 3, 3, 4, -1, -1, 5, 5])
+    kind = [PAIR, PAIR, SINGLE, CLUSTER, CLUSTER, CLUSTER, CLUSTER, SINGLE, 0, 0, MIXED, MIXED]
+    kind = np.array(kind)
+    expected = "2 single, 1 matched, 2 clustered, 1 mixed; dropped patches: 2"
     assert visualize_mask.describe_tokens(Panel("", group, kind)) == expected
 
 
@@ -165,7 +204,7 @@ def test_script_draws_what_the_checkpoint_assigns(photos, tmp_path, reduction, c
     assert "2 of 3 images" in capsys.readouterr().out
     for source, name in zip(("cat/a.png", "cat/b.jpg"), names, strict=False):
         tensor = TRANSFORM(Image.open(photos / source).convert("RGB"))
-        image = visualize_mask.denormalize(tensor)
+        image = visualize_mask.denormalize(tensor, CONFIG["mean"], CONFIG["std"])
         with torch.no_grad():
             _, assignments = model.forward_with_assignments(tensor[None])
         panels = [image.repeat(7, axis=0).repeat(7, axis=1)]  # 7 x 48 >= 300
@@ -207,7 +246,7 @@ def test_titles_name_model_weights_and_classes(photos, tmp_path):
 
 def test_pixels_that_no_patch_covers_are_cut_off():
     model = timm.create_model(**MODEL_ARGS | {"img_size": (37, 52)}, num_classes=2)
-    loaded = visualize_mask.LoadedModel(model.eval(), "", ("class 0", "class 1"))
+    loaded = visualize_mask.LoadedModel(model.eval(), "", ("class 0", "class 1"), CONFIG)
     picture = visualize_mask.make_picture(loaded, Source("", "", None), torch.zeros(3, 37, 52))
     assert picture.image.shape == (32, 48, 3)
     assert picture.prediction.endswith(("class 0", "class 1"))
@@ -237,17 +276,23 @@ def test_a_list_an_image_a_data_set_and_a_random_choice(photos, tmp_path, monkey
 
 def test_pixels_survive_normalisation():
     image = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, axis=2)
-    args = SimpleNamespace(eval_crop_ratio=1.0)
-    tensor = build_transform(False, args, (16, 16))(Image.fromarray(image))
-    np.testing.assert_array_equal(visualize_mask.denormalize(tensor), image)
+    config = CONFIG | {"input_size": 16, "crop_pct": 1.0, "mean": (0.1, 0.5, 0.7)}
+    tensor = build_transform(False, dataset_args(""), config)(Image.fromarray(image))
+    pixels = visualize_mask.denormalize(tensor, config["mean"], config["std"])
+    np.testing.assert_array_equal(pixels, image)
 
 
+@pytest.mark.parametrize("bad", ["text", "FIFO"])
 @pytest.mark.parametrize("kind", ["folder", "list", "data set"])
-def test_unreadable_images_are_named_and_the_others_drawn(photos, tmp_path, kind, capsys):
-    (photos / "cat" / "a.png").write_bytes(b"no image")
+def test_unreadable_images_are_named_and_the_others_drawn(photos, tmp_path, kind, bad, capsys):
+    (photos / "cat" / "a.png").unlink()
+    if bad == "FIFO":
+        os.mkfifo(photos / "cat" / "a.png")
+    else:
+        (photos / "cat" / "a.png").write_bytes(b"no image")
     flags = ["--data-path", photos, "--num-images", 2]
     if kind == "list":
-        (tmp_path / "list.txt").write_text(f"{photos}/cat/missing_a.png\n{photos}/cat/b.jpg\n")
+        (tmp_path / "list.txt").write_text(f"{photos}/cat/a.png\n{photos}/cat/b.jpg\n")
         flags = ["--data-path", tmp_path / "list.txt"]
     elif kind == "data set":
         photos.rename(tmp_path / "val")

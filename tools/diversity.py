@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from arguments import ArgumentParser
+from arguments import ArgumentParser, data_config
 from datasets import build_dataset
 from models import BATVisionTransformer
 from models.reduction import ReducedTokens
@@ -33,7 +33,7 @@ equal tokens ||X - 1 m^T||_F / ||X||_F with m the mean token; the mean cosine of
 tokens; the effective rank, exp of the entropy of the normalised singular values (Roy and Vetterli
 2007); and for each reducing block the share of the class token's attention to patch tokens that the
 attentive ones carry: BAT's attentive tokens, for other methods the K most attended tokens, K being
-how many the keep rate leaves. Writes diversity.csv, .png and .pdf."""
+how many the keep rate leaves. Writes diversity.csv, .png and .pdf; blocks are counted from 0."""
 
 
 def relative_distance(x: Tensor) -> Tensor:
@@ -206,7 +206,8 @@ def get_args_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
     model = common.load_model(args, args.checkpoint, common.find_device(args))
-    dataset, _ = build_dataset(False, args, model.patch_embed.img_size)
+    config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
+    dataset, _ = build_dataset(False, args, config)
     stem = check_writable(args.output_dir) / "diversity"
     count = min(args.num_images, len(dataset))
     indices = [number * len(dataset) // count for number in range(count)]

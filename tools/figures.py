@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 WIDTH = 3.5  # inches: half a page, a column
@@ -80,15 +81,16 @@ def save_figure(figure: Figure, stem: Path) -> None:
 
 
 @styled
-def plot_accuracy(rows: Sequence[dict] | pd.DataFrame) -> Figure:
+def plot_accuracy(rows: Sequence[dict] | pd.DataFrame, *, bars: str) -> Figure:
     """Accuracy against GMACs: a line a method and checkpoint, keep rates beside the points.
 
     Every line starts at the checkpoint's dense model, if that is there. Lines carry
     "checkpoint:method" as their gid.
 
     Args:
-        rows: each with reduction, keep_rate, gmacs and acc1; if any, checkpoint, and acc1_std,
-            drawn as an error bar.
+        rows: each with reduction, keep_rate, gmacs, acc1, the ends acc1_low and acc1_high of its
+            error bar (NaN: none), and if there is any, checkpoint.
+        bars: what the error bars are, in words.
     """
     table = pd.DataFrame(rows)
     table = table.assign(checkpoint=table.get("checkpoint", ""))
@@ -103,11 +105,7 @@ def plot_accuracy(rows: Sequence[dict] | pd.DataFrame) -> Figure:
         dense = (table.checkpoint == checkpoint) & (table.reduction == "none")
         line = table[table.index.isin(own.index) | dense]
         axes.plot(line.gmacs, line.acc1, gid=f"{checkpoint}:{method}", **style)
-        if "acc1_std" in own:
-            axes.errorbar(
-                own.gmacs, own.acc1, own.acc1_std, zorder=zorder, ecolor=style["color"],
-                elinewidth=0.8, capsize=2, fmt="none",
-            )  # fmt: skip
+        axes.vlines(own.gmacs, own.acc1_low, own.acc1_high, style["color"], lw=0.8, alpha=0.6)
     axes.set_xlabel("multiply-accumulates per image (GMACs)")
     axes.set_ylabel("Acc@1 (%)")
     axes.margins(x=0.08, y=0.1)
@@ -118,7 +116,7 @@ def plot_accuracy(rows: Sequence[dict] | pd.DataFrame) -> Figure:
             Line2D([], [], color="#444444", linestyle=line_style, label=checkpoint)
             for checkpoint, line_style in line_styles.items()
         ]
-    below_figure(axes.figure, handles, "numbers at the points: keep rate")
+    below_figure(axes.figure, handles, f"numbers at the points: keep rate\nbars: {bars}")
     _label_keep_rates(axes, table[table.reduction != "none"])
     return axes.figure
 
@@ -127,11 +125,12 @@ def _label_keep_rates(axes: Axes, table: pd.DataFrame) -> None:
     """Writes a checkpoint's keep rates above the best of their points; never one over another."""
     best = table.loc[table.groupby(["checkpoint", "keep_rate"]).acc1.idxmax()]
     axes.figure.draw_without_rendering()
+    halo = [withStroke(linewidth=2, foreground="white")]  # error bars may pass behind
     boxes = []
     for row in best.sort_values("gmacs").itertuples():
         label = axes.annotate(
             f"{row.keep_rate:g}", (row.gmacs, row.acc1), xytext=(-1, 4), ha="right", va="bottom",
-            textcoords="offset points", fontsize=7, color="#333333",
+            textcoords="offset points", fontsize=7, color="#333333", path_effects=halo,
         )  # fmt: skip
         while any(label.get_window_extent().overlaps(box) for box in boxes):
             label.set_position((-1, label.get_position()[1] + 2))

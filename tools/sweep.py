@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from arguments import AMP_CHOICES, ArgumentParser
+from arguments import AMP_CHOICES, ArgumentParser, data_config
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
@@ -51,7 +51,9 @@ images/s of the forward pass, patch tokens that leave each stage), sweep.png and
 comparisons.csv (bat against every other method, and every method against evit: difference of Acc@1
 in points, its 95 percent bootstrap interval, p-value of McNemar's exact test, not corrected for
 the number of comparisons) and predictions.npz (what every configuration predicts for every image).
-An interrupted sweep goes on when the same command is given again."""
+acc1_low and acc1_high are the ends of Acc@1's 95 percent interval over images (Wilson's); methods
+whose intervals overlap may still differ clearly on the same images: comparisons.csv tells. An
+interrupted sweep goes on when the same command is given again."""
 
 # What is evaluated -------------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ def sweep_settings(
         "data_path": args.data_path,
         "data_files": digest_dataset(dataset),
         "input_size": dataset.image_size,
-        "eval_crop_ratio": args.eval_crop_ratio,
+        **dataset.data_config,
         "bad_images": args.bad_images,
         "batch_size": args.batch_size,
         "ema": args.ema,
@@ -286,9 +288,15 @@ def summarize(
 ) -> pd.DataFrame:
     """A row for every configuration of a finished sweep.
 
-    acc1 and acc5 are in percent, loss is the mean cross-entropy, gmacs and images_per_second are of
-    the forward pass, tokens are the patch tokens that leave each reducing block.
+    acc1 and acc5 are in percent, acc1_low and acc1_high the ends of acc1's 95 % interval over
+    images (Wilson 1927), loss is the mean cross-entropy, gmacs and images_per_second are of the
+    forward pass, tokens are the patch tokens that leave each reducing block.
     """
+    num_images = len(predictions["is_bad"])
+    intervals = [
+        binomtest(count, num_images).proportion_ci(0.95, method="wilson")
+        for count in predictions["correct1"].sum(axis=1).tolist()
+    ]
     gmacs, tokens = [], []
     for configuration in configurations:
         model = switch(models, configuration)
@@ -296,12 +304,14 @@ def summarize(
         tokens.append([stage.num_outputs for stage in model.stages()])
     return pd.DataFrame(configurations).assign(
         acc1=100 * predictions["correct1"].mean(axis=1),
+        acc1_low=[100 * interval.low for interval in intervals],
+        acc1_high=[100 * interval.high for interval in intervals],
         acc5=100 * predictions["correct5"].mean(axis=1),
         loss=predictions["loss"].mean(axis=1, dtype=np.float64),
         gmacs=gmacs,
         images_per_second=1 / np.nanmean(predictions["seconds"], axis=1, dtype=np.float64),
         tokens=tokens,
-        num_images=len(predictions["is_bad"]),
+        num_images=num_images,
         bad_images=predictions["is_bad"].sum(),
     )
 
@@ -316,9 +326,9 @@ def compare_paired(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
     gets right is, if each fell to either side with probability 1/2 (two-sided binomial test).
 
     Returns:
-        In percentage points acc1_first, acc1_second, their difference, and low and high, the ends
-        of its 95 % interval; only_first and only_second, the images that one alone gets right; and
-        p_value of McNemar's test.
+        In percentage points acc1_first, acc1_second, their difference, and difference_low and
+        difference_high, the ends of its 95 % interval; only_first and only_second, the images that
+        one alone gets right; and p_value of McNemar's test.
     """
     num_images = len(first)
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
@@ -331,8 +341,8 @@ def compare_paired(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
         "acc1_first": 100 * float(first.mean()),
         "acc1_second": 100 * float(second.mean()),
         "difference": 100 * (only_first - only_second) / num_images,
-        "low": float(low),
-        "high": float(high),
+        "difference_low": float(low),
+        "difference_high": float(high),
         "only_first": only_first,
         "only_second": only_second,
         "p_value": float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
@@ -364,9 +374,11 @@ def write_sweep(folder: Path, table: pd.DataFrame, comparisons: list[dict], sett
     (folder / "comparisons.csv").unlink(missing_ok=True)  # an earlier sweep's
     if comparisons:
         common.write_table(pd.DataFrame(comparisons), folder / "comparisons.csv")
-    save_figure(plot_accuracy(table), folder / "sweep")
+        common.say_written(folder / "comparisons", ".csv")
+    save_figure(plot_accuracy(table, bars="95 % interval over images"), folder / "sweep")
     shown = table.drop(columns=["num_images", "bad_images"])
-    digits = {"acc1": 3, "acc5": 3, "loss": 4, "gmacs": 4, "images_per_second": 1}
+    digits = {"acc1": 3, "acc1_low": 2, "acc1_high": 2, "acc5": 3, "loss": 4, "gmacs": 4}
+    digits["images_per_second"] = 1
     logger.info(shown.round(digits).to_string(index=False))
     common.say_written(folder / "sweep", ".csv", ".json", ".png", ".pdf")
 
@@ -385,7 +397,7 @@ def get_args_parser() -> ArgumentParser:
     parser, add = common.comparison_parser("sweep", HELP, batch_size=64)
     parser.set_defaults(reductions=["topk", "evit", "bat"], keep_rate=None)
     # fmt: off
-    add("--checkpoint", nargs="+", required=True, help="files of main.py")
+    add("--checkpoint", nargs="+", required=True, help="checkpoints of main.py")
     add("--keep-rate", "--base-keep-rate", dest="keep_rates", type=_rate, nargs="+",
         default=[1.0, 0.7, 0.5, 0.3], metavar="RATE",
         help="keep rates of all stages, in (0, 1]; 1 is the dense model")
@@ -394,7 +406,7 @@ def get_args_parser() -> ArgumentParser:
         "checkpoints best:bat@0.5; may be given again")
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
     add("--save-every", type=common.at_least(1), default=20, metavar="N",
-        help="batches between savings")
+        help="batches between two writings of predictions.npz")
     # fmt: on
     add("--restart", action="store_true", help="replace an earlier sweep")
     return parser
@@ -404,10 +416,11 @@ def load_inputs(args: Namespace) -> tuple[dict[str, BATVisionTransformer], Sampl
     """The models by the label of their checkpoint, and the validation set that fits them all."""
     device = common.find_device(args)
     models = [common.load_model(args, path, device) for path in args.checkpoint]
-    sizes = {model.patch_embed.img_size for model in models}
-    if len(sizes) > 1:
-        raise InputError(f"the checkpoints must share one input size, got {sorted(sizes)}")
-    dataset, num_classes = build_dataset(False, args, *sizes)
+    configs = [data_config(args, m.patch_embed.img_size, m.pretrained_cfg) for m in models]
+    for config in configs:
+        if config != configs[0]:
+            raise InputError(f"the checkpoints need other inputs each: {configs[0]} and {config}")
+    dataset, num_classes = build_dataset(False, args, configs[0])
     for path, model in zip(args.checkpoint, models, strict=True):
         if model.num_classes != num_classes:
             raise InputError(
@@ -446,7 +459,8 @@ def run(args: Namespace) -> int:
         row = comparisons[pair]
         logger.info(
             f"{row['first']} less {row['second']}: {row['difference']:+.3f} points of Acc@1, 95 % "
-            f"interval {row['low']:+.3f} to {row['high']:+.3f}, McNemar's p {row['p_value']:.3g}"
+            f"interval {row['difference_low']:+.3f} to {row['difference_high']:+.3f}, "
+            f"McNemar's p {row['p_value']:.3g}"
         )
     return common.report_bad_images(dataset, np.flatnonzero(predictions["is_bad"]), len(dataset))
 

@@ -2,8 +2,10 @@
 
     python -m tools.table output/runs/* --baseline output/runs/evit_keep0.5
 
-Runs that differ in their random seed alone make one row. The table goes to standard output as
-Markdown; --output-dir also writes table.md, table.csv, accuracy.png and accuracy.pdf.
+Runs that differ in their random seed alone make one row: acc1 is the mean of theirs, acc1_std the
+standard deviation, difference what acc1 is above the baseline's, in points, and standard_error that
+of the difference over the images. The table goes to standard output as Markdown; --output-dir also
+writes table.md, table.csv, accuracy.png and accuracy.pdf.
 """
 
 import inspect
@@ -34,7 +36,8 @@ DEFAULTS = {
     name: inspect.signature(BATVisionTransformer).parameters[name].default
     for name in ("reduction", "cluster_ratio", "match_ratio", "merge_weights")
 }
-FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f", "difference": "+.2f", "error": ".2f"}
+FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f"}
+FORMATS |= {"difference": "+.2f", "standard_error": ".2f"}
 
 
 class FinishedRun(NamedTuple):
@@ -98,11 +101,11 @@ def paired_difference(
 def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> dict:
     """One row of plain values; None and NaN: not known, or without a meaning."""
     about, last = runs[0].about, runs[0].last
-    accuracies, others = ([run.last["test_acc1"] for run in group] for group in (runs, baseline))
-    difference, error = float(np.mean(accuracies) - np.mean(others)), np.nan
-    answers, theirs = ([run.correct for run in group] for group in (runs, baseline))
-    if all(correct is not None for correct in answers + theirs):
-        difference, error = paired_difference(answers, theirs)
+    acc1, acc1_baseline = ([run.last["test_acc1"] for run in group] for group in (runs, baseline))
+    difference, standard_error = float(np.mean(acc1) - np.mean(acc1_baseline)), np.nan
+    correct, correct_baseline = ([run.correct for run in group] for group in (runs, baseline))
+    if all(each is not None for each in correct + correct_baseline):
+        difference, standard_error = paired_difference(correct, correct_baseline)
     rates = [f"{rate:g}" for rate in last["keep_rate"]] or ["1"]
     reduction = about["model_args"]["reduction"]
     shown = DEFAULTS if reduction == "bat" else ("reduction",)  # the others are BAT's alone
@@ -111,10 +114,10 @@ def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> d
         **{name: about["model_args"][name] if name in shown else None for name in DEFAULTS},
         "keep_rate": " ".join(rates if len(set(rates)) > 1 else rates[:1]),
         "gmacs": about["gmacs"],
-        "acc1": float(np.mean(accuracies)),
-        "acc1_std": pd.Series(accuracies).std(),  # missing for one run
+        "acc1": float(np.mean(acc1)),
+        "acc1_std": pd.Series(acc1).std(),  # missing for one run
         "difference": difference,
-        "error": error,
+        "standard_error": standard_error,
         "epochs": last["epoch"] + 1,
         "seeds": " ".join(str(run.about["args"]["seed"]) for run in runs),
     }
@@ -151,11 +154,13 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m tools.table", description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(
+        prog="python -m tools.table", description="\n\n".join(__doc__.split("\n\n")[::2])
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
-    add("--baseline", type=Path, required=True, metavar="RUN", help="what to subtract from each")
-    add("--output-dir", default="", help="where to write table and figure; empty: nowhere")
+    add("--baseline", type=Path, required=True, metavar="RUN", help="run to subtract from each")
+    add("--output-dir", default="", help="where to write table and figure; default: nowhere")
     return parser
 
 
@@ -168,10 +173,16 @@ def run(args: Namespace) -> int:
         folder = check_writable(args.output_dir)
         (folder / "table.md").write_text(text)
         table.to_csv(folder / "table.csv", index=False)
-        # Error bars: of the difference. A point's label: the mean of its stages' keep rates.
-        rates = [np.mean([float(rate) for rate in rates.split()]) for rates in table.keep_rate]
-        rows = table.assign(acc1_std=table.error, keep_rate=rates)
-        save_figure(plot_accuracy(rows.to_dict("records")), folder / "accuracy")
+        margin = 1.96 * table.standard_error
+        rows = table.assign(
+            acc1_low=table.acc1 - margin,
+            acc1_high=table.acc1 + margin,
+            keep_rate=[
+                np.mean([float(rate) for rate in rates.split()]) for rates in table.keep_rate
+            ],
+        )  # a point's label: the mean of its stages' keep rates
+        figure = plot_accuracy(rows, bars="95 % interval of the difference to the baseline")
+        save_figure(figure, folder / "accuracy")
     return 0
 
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from arguments import ArgumentParser
+from arguments import ArgumentParser, add_image_arguments, data_config
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import BATVisionTransformer
@@ -32,11 +32,12 @@ from utils import check_writable, run_script
 
 HELP = """Says for every patch of every image what became of it. tokens.csv has a row a patch, with
 lost_at, the first stage (from 1) after which no token stands for the patch alone, and for each
-stage: the kind of token that the patch is in afterwards (single, pair, cluster, dropped), the
-number of that token, the importance that the patch's token had before, and that token's weight in
-the one it went into; final_weight is the product of the weights: with what share the patch is in
-final_token; these shares sum to 1 over the patches of a final token. For evit's fused token, a sum,
-weights are importances divided by their sum. tokens.png and .pdf show the means over the images."""
+stage: the kind of token that the patch is in afterwards (single; pair and cluster by how it was
+merged; mixed after both; dropped), the number of that token, the importance that the patch's token
+had before, and that token's weight in the one it went into; final_weight is the product of the
+weights: with what share the patch is in final_token; these shares sum to 1 over the patches of a
+final token. For evit's fused token, a sum, weights are importances divided by their sum. Writes
+tokens.csv, and tokens.png and .pdf with the means over the images; blocks are counted from 0."""
 KIND_NAMES = np.array([kind.name.lower() for kind in PatchKind])
 
 
@@ -45,12 +46,13 @@ class ImageFiles:
 
     classes = ("image",)
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], max_image_pixels: int) -> None:
         self.samples = [(str(path), 0) for path in files]
         self.targets = [0] * len(files)
+        self.max_image_pixels = max_image_pixels
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self.samples[index][0]), 0
+        return load_image(self.samples[index][0], self.max_image_pixels), 0
 
 
 @torch.no_grad()
@@ -159,7 +161,7 @@ def get_args_parser() -> ArgumentParser:
     # fmt: off
     add("--data-path", required=True,
         help="an image, a folder of images (searched recursively), or a text file of paths")
-    add("--eval-crop-ratio", type=float, default=0.875, help="crop of the resized image, in (0, 1]")
+    add_image_arguments(add)
     add("--bad-images", choices=("error", "skip"), default="skip",
         help="an unreadable image ends the run, or is left out and named")
     add("--num-images", type=common.at_least(1), metavar="N",
@@ -175,11 +177,10 @@ def run(args: Namespace) -> int:
     names = [str(path.relative_to(root)) if root.is_dir() else path.name for path in files]
     device = common.find_device(args)
     model = common.load_model(args, args.checkpoint, device)
-    img_size = model.patch_embed.img_size
-    transform = build_transform(False, args, img_size)
-    dataset = SampleDataset(
-        ImageFiles(files), transform, image_size=img_size, bad_images=args.bad_images
-    )
+    config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
+    transform = build_transform(False, args, config)
+    source = ImageFiles(files, args.max_image_pixels)
+    dataset = SampleDataset(source, transform, config, bad_images=args.bad_images)
     stem = check_writable(args.output_dir) / "tokens"
     bad: list[int] = []
     table = pd.concat(
