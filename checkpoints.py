@@ -53,6 +53,8 @@ SCHEDULE_FLAGS = (
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
 # What an optimizer's parameter groups must agree in with the flags.
 HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
+# What a scheduler's state may differ in from the flags': the epochs and the batch decide it.
+RESCALED = ("base_values", "warmup_steps", "t_initial", "decay_t", "noise_range_t")
 # What the reduction was where a checkpoint of this project does not say it: its first defaults.
 FIRST_REDUCTION = {
     "reduction": "bat", "keep_rate": 0.7, "reduction_loc": (3, 6, 9), "cluster_ratio": 0.4,
@@ -504,11 +506,12 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
             stored = checkpoint["args"]
             _check_schedule(stored, args, source)
             before = (stored["batch_size"], checkpoint["world_size"], stored["accum_steps"])
+            before = tuple(map(_whole, before))
         else:
             before, stored = now, vars(args)
             checkpoint = _as_own_state(state, checkpoint, source, args)
         _load_state(state, checkpoint, stored["epochs"])
-        images = state.step * _whole(before[0]) * _whole(before[1])  # of the epoch that are done
+        images = state.step * before[0] * before[1]  # of the epoch that are done
         state.step = images // (now[0] * now[1]) // args.accum_steps * args.accum_steps
     except InputError:
         raise
@@ -546,7 +549,12 @@ def _whole(value: object) -> int:
 def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None:
     """`TrainState.load_state_dict`, and whether training could go on from what it loads."""
     flagged = [dict(group) for group in state.optimizer.param_groups]
-    state.load_state_dict(checkpoint)
+    stored, own = checkpoint["lr_scheduler"], state.scheduler.state_dict()
+    for name in own.keys() - set(RESCALED):
+        if stored.get(name, own[name]) != own[name]:
+            raise ValueError(f"the scheduler's {name} was {stored[name]} and is {own[name]}")
+    kept = {name: stored[name] for name in RESCALED if name in stored}
+    state.load_state_dict(checkpoint | {"lr_scheduler": kept})
     for value in (state.epoch, state.step, state.updates):
         _whole(value)
     if state.epoch > last_epoch:
@@ -557,10 +565,12 @@ def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None
                 group.get(name, 0), flags.get(name, 0), rtol=1e-6, atol=0
             ):
                 raise ValueError(f"{name} was {group.get(name)} and is {flags.get(name)}")
+        group |= {name: value for name, value in flags.items() if isinstance(value, bool | None)}
     for parameter, moments in state.optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             if name in moments and moments[name].shape != parameter.shape:
                 raise ValueError(f"{name} has the shape of another parameter")
+        _whole(int(moments.get("step", 0)))
     if state.epoch > 0:
         state.scheduler.step(state.epoch - 1)  # sets what is set already
     MetricLogger().load_state_dict(state.metrics)
