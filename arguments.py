@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
@@ -16,6 +15,7 @@ from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
 from models.reduction import MERGE_WEIGHTS
+from models.weights import inherited_settings
 
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
 DEFAULT_SIZE = (224, 224)
@@ -38,6 +38,7 @@ KEYWORD_FLAGS = {
     "pretrained_cfg": "--finetune",
     "pretrained_cfg_overlay": "--finetune",
     "features_only": "forward_with_assignments in Python",
+    "out_indices": "forward_with_assignments in Python",
     "in_chans": "images of three channels",
     "model_name": "--model",
     "img_size": "--input-size",
@@ -70,6 +71,7 @@ RANGES = {
     (0, 10**6): "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
     (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
     (1, 1000): "recount",
+    (0, 100): "color_jitter",
     (0, 0.999): "drop drop_path smoothing",
     (1e-3, 1): "eval_crop_ratio",
     (1e-9, math.inf): "clip_grad distillation_tau dist_timeout",
@@ -96,6 +98,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
+        if empty := [word for word in args if word.startswith("--") and word.endswith("=--")]:
+            self.error(f"{empty[0]}: not a value")  # argparse would make a list of it
         return super().parse_known_args([_dashed(word) for word in args], namespace)
 
     def error(self, message: str) -> None:
@@ -387,13 +391,11 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--ema goes with --eval or --finetune: a resumed run has both weights")
     if args.sched == "plateau":
         parser.error("--sched plateau cannot be resumed exactly: choose another scheduler")
-    if args.std and min(args.std) <= 0:
-        parser.error(f"--std must be above 0, got {args.std}")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and not args.eval and args.batch_size % 2:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
     for flag, path in (("--resume", args.resume), ("--finetune", args.finetune)):
-        if path and path != "auto" and "://" not in path and not Path(path).is_file():
+        if path and path != "auto" and "://" not in path and not os.path.isfile(path):
             parser.error(f"{flag}: no such file: {path}")
 
 
@@ -402,16 +404,12 @@ def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> 
 
     Args:
         args: reads the flags of `add_model_arguments`.
-        stored: `model_args` of the checkpoint, if it has any. A --model of another name than theirs
-            takes none of them; where they have no name, it has its own size.
+        stored: `model_args` of the checkpoint, if it has any; see `inherited_settings`.
 
     Returns:
         Plain values that a checkpoint can hold; "num_classes" only where something says it.
     """
-    stored = dict(stored or {})
-    if args.model not in (None, stored.get("model_name")):
-        own = stored if "model_name" in stored else ("embed_dim", "depth", "num_heads")
-        stored = {name: value for name, value in stored.items() if name not in own}
+    stored = inherited_settings(stored or {}, args.model)
     flags = {"model_name": args.model, "img_size": args.input_size, "num_classes": args.nb_classes}
     flags |= {name: getattr(args, name) for name in REDUCTION_FLAGS}
     given = {name: _plain(value) for name, value in flags.items() if value is not None}

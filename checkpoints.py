@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine import TrainState, set_keep_rate
 from models import BATVisionTransformer
-from models.weights import shown_settings, with_timms_names
+from models.weights import inherited_settings, shown_settings, with_timms_names
 from utils import (
     InputError,
     MetricLogger,
@@ -39,6 +40,7 @@ from utils import (
     is_main_process,
     logger,
     read_log,
+    refusing,
     versions,
     write_atomically,
     writing,
@@ -51,6 +53,7 @@ SCHEDULE_FLAGS = (
     "lr_noise", "lr_noise_pct", "lr_noise_std", "epochs",
 )  # fmt: skip
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
+MOST_BLOCKS = 1000
 # What an optimizer's parameter groups must agree in with the flags.
 HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
 # What a scheduler's state may differ in from the flags': the epochs and the batch decide it.
@@ -103,7 +106,8 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     path = str(path)
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        silent = warnings.catch_warnings(action="ignore")  # of tensors that are refused below
+        with torch.serialization.safe_globals(SAFE_GLOBALS), silent:
             if path.startswith(("http://", "https://")):
                 checkpoint = torch.hub.load_state_dict_from_url(
                     path, map_location="cpu", check_hash=True, weights_only=True
@@ -317,23 +321,20 @@ def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
     own = ", ".join(timm.list_models(module="bat"))
     if not isinstance(name, str) or not timm.is_model(name):
         raise InputError(f"unknown model '{name}'; choose from {own}")
-    if not {"device", "dtype"}.isdisjoint(model_args):  # both are the run's to choose
-        raise InputError(f"cannot build {name}: keywords device and dtype are not taken")
-    try:
+    with refusing(f"cannot build {name}"):
+        if not {"device", "dtype"}.isdisjoint(model_args):
+            raise InputError(f"cannot build {name}: device and dtype are the run's to choose")
+        if model_args.get("depth", 0) > MOST_BLOCKS:  # would be built for hours
+            raise InputError(f"cannot build {name}: depth is above {MOST_BLOCKS}")
         model = timm.create_model(**model_args)
-    except Exception as problem:  # every layer refuses in its own way what does not fit it
-        reason = str(problem).strip().partition("\n")[0]
-        raise InputError(f"cannot build {name}: {reason or type(problem).__name__}") from problem
-    if not reducing:
-        return model
-    if not isinstance(model, BATVisionTransformer):
+    if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
+        size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+        raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
+    if reducing and not isinstance(model, BATVisionTransformer):
         raise InputError(
             f"'{name}' does not reduce tokens; choose from {own} "
             "(with --reduction none they are plain DeiT)"
         )
-    if 0 in model.patch_embed.grid_size:
-        size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
-        raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
     return model
 
 
@@ -360,7 +361,8 @@ def model_from_checkpoint(
         **overrides: model keywords that replace the stored ones, e.g. keep_rate=0.5.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode, on the CPU; its pretrained_cfg has the checkpoint's crop and
+        normalisation.
 
     Raises:
         InputError: the checkpoint does not say how its model was made, does not fit it, or a
@@ -369,21 +371,23 @@ def model_from_checkpoint(
     if ema and not checkpoint:
         raise InputError("--ema needs a checkpoint: random weights have no moving average")
     stored = dict(checkpoint.get("model_args") or {})
-    own_name = stored.get("model_name")
-    model_args = stored | overrides
-    if model_args.get("model_name") != own_name:  # another model has its own settings, at least
-        left_out = stored if own_name else ("embed_dim", "depth", "num_heads")
-        kept = {name: value for name, value in stored.items() if name not in left_out}
-        model_args = kept | overrides
+    model_args = inherited_settings(stored, overrides.get("model_name")) | overrides
     if "model_name" not in model_args:
         raise InputError(f"{source} does not say which model it is of (no 'model_args')")
     weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
     if "head.bias" in weights:
         model_args.setdefault("num_classes", len(weights["head.bias"]))
+    grid = _patch_grid(stored.get("img_size"), weights)
+    asked = _patch_grid(model_args.get("img_size"), weights)
+    if "model_name" not in stored and asked and "pos_embed" in weights:
+        # What was taken for a square may be as many patches as asked for, and a class token.
+        num_positions = weights["pos_embed"].shape[1]
+        if num_positions == math.prod(asked) + model_args.get("class_token", True):
+            model_args["no_embed_class"], grid = False, asked
     model = build_model(model_args, reducing=reducing)
     if checkpoint:
-        grid = _patch_grid(stored.get("img_size"), weights)
         fit_weights(model, weights, source, old_grid=grid, new_head=new_head)
+        model.pretrained_cfg = {**model.pretrained_cfg, **checkpoint.get("data_config", {})}
     return model.eval()
 
 

@@ -112,7 +112,7 @@ def _find_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
         if chosen.type not in ("cpu", "cuda"):
-            torch.empty(0, device=chosen)  # fails where there is none
+            torch.zeros(1, device=chosen).item()  # fails where there is none, and on "meta"
     except (NotImplementedError, RuntimeError) as problem:
         raise InputError(f"unknown device '{device}', or there is none here") from problem
     if chosen.type != "cuda":

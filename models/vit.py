@@ -203,6 +203,8 @@ class BATVisionTransformer(VisionTransformer):
                 f"got {list(reduction_loc)}"
             )
         get_reduction(reduction)
+        if not isinstance(reduction_seed, int):
+            raise ValueError(f"reduction_seed must be an integer, got {reduction_seed!r}")
         check_fraction("cluster_ratio", cluster_ratio, zero=True)
         check_fraction("match_ratio", match_ratio, zero=True)
         if merge_weights not in MERGE_WEIGHTS:

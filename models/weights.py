@@ -62,6 +62,17 @@ def shown_settings(weights: Mapping[str, Tensor]) -> dict:
     return {name: value for name, value, is_shown in settings if is_shown}
 
 
+def inherited_settings(stored: Mapping, model_name: str | None) -> dict:
+    """The stored model keywords that also hold for a model of that name (None: of their own).
+
+    A model of another name has its own settings; where they have no name, its own size.
+    """
+    if model_name in (None, stored.get("model_name")):
+        return dict(stored)
+    own = stored if "model_name" in stored else ("embed_dim", "depth", "num_heads")
+    return {name: value for name, value in stored.items() if name not in own}
+
+
 def with_timms_names(weights: dict[str, Tensor], shown: dict) -> dict[str, Tensor]:
     """The weights of facebook's DeiT-III or DINOv2 under timm's names, any others as they are.
 

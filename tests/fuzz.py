@@ -99,7 +99,7 @@ def run_case(command: str, body: Callable[[], int | None], argv: list[str], root
         os.killpg(pid, signal.SIGKILL)  # loader workers
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = "hang" if asked and code != 75 else code
-    strangers = set(os.listdir(folder)).difference(*(re.split("[=/]", word) for word in argv))
+    strangers = {name for name in os.listdir(folder) if not any(name in word for word in argv)}
     strangers |= set(os.listdir(REPOSITORY)) - before
     printed = [path.read_text(errors="replace") for path in outputs]
     return Outcome(command, code, find_cause(code, *printed, strangers))
@@ -295,7 +295,7 @@ def fuzz_checkpoints(rng: random.Random, number: int, root: Path) -> Iterator[Ou
     """Half of them damaged in bytes, half in meaning; each is read, and then given to main.py."""
     flags = [*RUN_FLAGS, *make_good_run(root), "--epochs", "2"]
     good, path = root / "run" / "checkpoint.pth", root / "damaged.pth"
-    original = torch.load(good, weights_only=True)
+    original = load_checkpoint(good)
     uses = (["--eval", "--resume"], ["--output-dir", "out", "--resume"], ["--finetune"])
     for index in range(number):
         shutil.copy(good, path)

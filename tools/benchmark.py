@@ -337,11 +337,12 @@ def get_args_parser() -> ArgumentParser:
     add_switch(group, "--compile", default=False, help="torch.compile, one graph a shape")
     add_switch(group, "--cuda-graphs", default=False, help="--compile as 'reduce-overhead'")
     add("--threads", type=at_least(1), help="of PyTorch on the CPU")
-    add("--repetitions", type=int, default=20, help="timed rounds, at least 10")
+    add("--repetitions", type=at_least(FEWEST_REPETITIONS), default=20,
+        help=f"timed rounds, at least {FEWEST_REPETITIONS}")
     add("--warmup", type=at_least(1), default=3, help="rounds before them")
-    add("--latency-repetitions", type=int, default=50,
+    add("--latency-repetitions", type=at_least(0), default=50,
         help="timed rounds of single images (--what model); 0: no latency")
-    add("--seed", type=int, default=0, help="random seed of weights and images")
+    add("--seed", type=at_least(0, 2**63 - 1), default=0, help="random seed of weights and images")
     add("--output-dir", default="", help="folder for the .txt, .csv and .json; empty: none")
     return parser
 # fmt: on
@@ -356,10 +357,6 @@ def make_setting(args: Namespace) -> Setting:
         raise InputError("--what stage needs a reducing block in --reduction-loc")
     if args.ema:
         raise InputError("--ema needs a checkpoint, but these weights are random")
-    for name, fewest in (("repetitions", FEWEST_REPETITIONS), ("latency_repetitions", 0)):
-        if getattr(args, name) < fewest:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} must be at least {fewest}, got {getattr(args, name)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     mode = "reduce-overhead" if args.cuda_graphs else "default" if args.compile else None

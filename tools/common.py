@@ -21,12 +21,13 @@ from models.reduction import ReducedTokens
 from utils import InputError, init_process, logger, seed_everything, write_atomically
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """argparse's type for an integer from `low` up."""
+def at_least(low: int, high: int = 10**6) -> Callable[[str], int]:
+    """argparse's type for an integer from `low` up, within reason."""
 
     def integer(text: str) -> int:  # argparse says "invalid integer value"
-        if (value := int(text)) < low:
-            raise ArgumentTypeError(f"must be at least {low}, got {value}")
+        if not low <= (value := int(text)) <= high:
+            limit = f"at least {low}" if value < low else f"at most {high}"
+            raise ArgumentTypeError(f"must be {limit}, got {value}")
         return value
 
     return integer
@@ -35,7 +36,7 @@ def at_least(low: int) -> Callable[[str], int]:
 def _folder(text: str) -> Path:
     if not text:
         raise ArgumentTypeError("must name a folder, got ''")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentParser:
@@ -50,7 +51,7 @@ def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentPars
     add("--batch-size", type=at_least(1), default=batch_size, help="images at a time")
     add("--num-workers", type=at_least(0), default=2, help="data loader worker processes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--seed", type=at_least(0), default=0, help="random seed")
+    add("--seed", type=at_least(0, 2**63 - 1), default=0, help="random seed")
     return parser
 
 

@@ -6,6 +6,7 @@ Letters: B batch, S stages, N_0 patches of the image, N tokens entering a stage,
 Exit codes: 0 done, 1 images could not be read (they are named and counted), 2 bad input.
 """
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -172,7 +173,7 @@ def get_args_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> int:
     """Follows the images, writes the table and the figure, and returns the exit code."""
-    root = Path(args.data_path).expanduser()
+    root = Path(os.path.expanduser(args.data_path))
     files = list_images(root)[: args.num_images]
     names = [str(path.relative_to(root)) if root.is_dir() else path.name for path in files]
     device = common.find_device(args)
