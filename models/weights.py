@@ -7,6 +7,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+# Keywords of timm.create_model that name the weights of a model, which a checkpoint has itself.
+WEIGHT_SOURCES = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+)  # fmt: skip
 # By convention these have 16 heads, and all others a head for 64 channels.
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
 
