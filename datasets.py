@@ -196,8 +196,8 @@ def _check_data_config(config: Mapping[str, object]) -> None:
     """Raises `InputError` for a crop or a normalisation that no image could have."""
     with refusing(f"images cannot be read with {dict(config)}"):
         ratio, mean, std = config["crop_pct"], *torch.tensor([config["mean"], config["std"]])
-        if not 0 < ratio <= 1:
-            raise ValueError(f"the crop ratio is {ratio}, allowed: above 0, up to 1")
+        if not 0.1 <= ratio <= 1:  # the whole image is resized to its input size / ratio
+            raise ValueError(f"the crop ratio is {ratio}, allowed: 0.1 to 1")
         if len(std) != 3 or not mean.isfinite().all() or not (std > 0).all():
             raise ValueError("mean and std must be three numbers each, std above 0")
 

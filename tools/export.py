@@ -9,6 +9,7 @@ this code, and beside it the reduction, which `--resume` and `--checkpoint` take
 codes: 0 done, 1 the file disagrees with the model (it is removed), 2 bad input.
 """
 
+import os
 import sys
 import warnings
 from argparse import Namespace
@@ -21,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.export import Dim
 
-from arguments import ArgumentParser, add_model_arguments, add_switch, model_arguments
+from arguments import ArgumentParser, add_model_arguments, add_switch, model_arguments, random_seed
 from checkpoints import load_checkpoint, model_from_checkpoint
 from models import ReducingTransformer, count_gmacs
 from models.vit import restore_timm
@@ -136,7 +137,9 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--format", choices=("suffix", "hf"), default="suffix",
         help="what --output's suffix says, or a folder for the Hugging Face hub")  # fmt: skip
     add_switch(group, "--assignments", default=False, help="output where every token went, too")
-    group.add_argument("--seed", type=int, default=0, help="random seed of weights and check")
+    group.add_argument(
+        "--seed", type=random_seed, default=0, help="random seed of weights and check"
+    )
     return parser
 
 
@@ -170,18 +173,17 @@ def run(args: Namespace) -> int:
         return export_folder(args)
     if path.suffix not in SUFFIXES:
         raise InputError(f"--output must end in {' or '.join(SUFFIXES)}, got '{args.output}'")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"--output: no such folder: {path.parent}")
+    if os.path.isdir(path):
+        raise InputError(f"--output: {path} is a folder")
     if path.suffix == ".onnx" and (missing := missing_extras()):
         raise InputError(f"ONNX needs optional packages: pip install {' '.join(missing)}")
     if not args.checkpoint:
         print("no --checkpoint: the weights are random")
     model = load_model(args, args.checkpoint, torch.device("cpu"))
     img_size = model.patch_embed.img_size
-    print(
-        f"{model.reduction}, keep rates {list(model.keep_rates)}, {count_gmacs(model):.4f} GMACs "
-        f"an image of {img_size[0]}x{img_size[1]}"
-    )
+    print(f"{count_gmacs(model):.4f} GMACs an image of {img_size[0]}x{img_size[1]}")
     module = ExportedModel(model, assignments=args.assignments).eval()
     with warnings.catch_warnings():
         for message in KNOWN_WARNINGS:
