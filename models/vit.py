@@ -250,8 +250,11 @@ class ReducingParallelScalingBlock(ReducingBlock, ParallelScalingBlock):
     """
 
     def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        _, q, k, _ = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
-        q, k = (y.unflatten(2, (self.num_heads, self.head_dim)) for y in (q, k))
+        start, width = self.in_split[:2]
+        rows = slice(start, start + 2 * width)  # of the queries and keys
+        bias = None if self.in_proj.bias is None else self.in_proj.bias[rows]
+        qk = F.linear(self.in_norm(x), self.in_proj.weight[rows], bias)
+        q, k = qk.unflatten(2, (2, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)  # (B, H, L, D / H)
         row = find_importance(q, k, self.scale, self.importance)
         return ParallelScalingBlock.forward(self, x), row

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import models.vit
-from models import make_reducing
+from models import count_gmacs, describe, make_reducing
 from models.reduction import ReducedTokens, Stage, heaviest_members, merge_tokens, reduce_tokens
 from models.trace import unmerge
 from models.vit import ReducingBlock, ReducingTransformer, attend, rotate_as_heaviest, timm_class
@@ -191,6 +191,16 @@ def test_dropped_patches_and_other_image_sizes(family: str) -> None:
     assert [assignment.shape[1] for assignment in assignments] == [48, 24, 12]
 
 
+@every_family
+def test_operations_are_counted(family: str) -> None:
+    dense, model = build(family), convert(family, 1.0)
+    gmacs = count_gmacs(model)
+    assert count_gmacs(dense) <= gmacs < 1.25 * count_gmacs(dense), "importance is added"
+    model.set_keep_rate(0.5)
+    assert count_gmacs(model) < 0.8 * gmacs
+    assert describe(model).count("\n") == 8
+
+
 # Converting once more, and in vain --------------------------------------------------------------
 
 
@@ -309,6 +319,29 @@ def test_importance_is_read_off_the_attention_matrix(family: str, importance: st
     expected = matrix[:, 0] if importance == "class" else matrix.mean(dim=1)
     torch.testing.assert_close(row, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(row.sum(dim=1), torch.ones(3))
+
+
+@torch.no_grad()
+def test_importance_of_attention_beside_the_mlp() -> None:
+    block = convert("side_by_side").blocks[1]
+    x = draw_batch(2, 21, 64)
+    _, q, k, _ = block.in_proj(block.in_norm(x)).split(block.in_split, dim=-1)
+    q, k = (y.reshape(2, 21, 2, 32) for y in (q, k))
+    q, k = block.q_norm(q).transpose(1, 2), block.k_norm(k).transpose(1, 2)
+    matrix = (q @ k.mT / 32**0.5).softmax(dim=-1).mean(dim=1)
+    expected = matrix[:, 0] if block.importance == "class" else matrix.mean(dim=1)
+    torch.testing.assert_close(block.attend(x, None)[1], expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_importance_of_parallel_attentions_is_their_mean() -> None:
+    block = convert("parallel").blocks[1]
+    x = draw_batch(2, 21, 64)
+    rows = [
+        attend(branch.attn, branch.norm(x), rope=None, importance="class")[1]
+        for branch in block.attns
+    ]
+    torch.testing.assert_close(block.attend(x, None)[1], (rows[0] + rows[1]) / 2)
 
 
 @torch.no_grad()
