@@ -10,7 +10,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    AttentionRope,
+    PatchEmbed,
+    apply_rot_embed_cat,
+)
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
@@ -21,7 +27,6 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
-from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +36,7 @@ from .reduction import (
     ReducedTokens,
     Stage,
     StageInfo,
+    TokenBudget,
     check_fraction,
     get_reduction,
     heaviest_members,
@@ -147,6 +153,11 @@ class ReducingBlock:
         # with which one graph takes minutes, but integers of a module for constants.
         self._keep_ratio = float(value).as_integer_ratio()
 
+    def budget(self, num_tokens: int) -> TokenBudget:
+        """How a stage that this many patch tokens enter spends those that leave."""
+        entry = get_reduction(self.reduction)
+        return entry.budget(num_tokens, self.keep_rate, self.cluster_ratio, self.match_ratio)
+
     def forward(
         self, x: Tensor, rope: Tensor | None = None, sizes: Tensor | None = None
     ) -> ReducedTokens:
@@ -239,8 +250,11 @@ class ReducingParallelScalingBlock(ReducingBlock, ParallelScalingBlock):
     """
 
     def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        _, q, k, _ = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
-        q, k = (y.unflatten(2, (self.num_heads, self.head_dim)) for y in (q, k))
+        start, width = self.in_split[:2]
+        rows = slice(start, start + 2 * width)  # of the queries and keys
+        bias = None if self.in_proj.bias is None else self.in_proj.bias[rows]
+        qk = F.linear(self.in_norm(x), self.in_proj.weight[rows], bias)
+        q, k = qk.unflatten(2, (2, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)  # (B, H, L, D / H)
         row = find_importance(q, k, self.scale, self.importance)
         return ParallelScalingBlock.forward(self, x), row
@@ -259,12 +273,17 @@ class ReducingTransformer:
     """
 
     reduction: str
-    reduction_loc: tuple[int, ...]
     cluster_ratio: float
     match_ratio: float
     merge_weights: str
     reduction_seed: int
     importance: str
+
+    @property
+    def reduction_loc(self) -> tuple[int, ...]:
+        """Indices of the reducing blocks."""
+        blocks = enumerate(self.blocks)
+        return tuple(index for index, block in blocks if isinstance(block, ReducingBlock))
 
     @property
     def keep_rates(self) -> tuple[float, ...]:
@@ -296,12 +315,8 @@ class ReducingTransformer:
         stages = []
         for index in self.reduction_loc:
             block = self.blocks[index]
-            entry = get_reduction(block.reduction)
-            budget = entry.budget(
-                num_tokens, block.keep_rate, block.cluster_ratio, block.match_ratio
-            )
-            outputs = entry.num_outputs(budget)
-            clusters = entry.num_clusters(budget)
+            entry, budget = get_reduction(block.reduction), block.budget(num_tokens)
+            outputs, clusters = entry.num_outputs(budget), entry.num_clusters(budget)
             stages.append(StageInfo(index, num_tokens, block.keep_rate, budget, outputs, clusters))
             num_tokens = outputs
         return tuple(stages)
@@ -342,7 +357,7 @@ class ReducingTransformer:
                 result = block(*arguments)
             if isinstance(block, ReducingBlock):
                 assignments.append(result.assignment)
-                if result.tokens.shape[1] < x.shape[1]:
+                if not block.budget(result.assignment.shape[1]).keeps_all:
                     sizes = result.sizes
                     rope = rotate_as_heaviest(rope, result, is_mixed=is_mixed)
                 result = result.tokens
@@ -366,27 +381,26 @@ class ReducingTransformer:
             pool_type: instead of the model's own.
             sizes: (B, K) patches that the patch tokens stand for; None: one each.
         """
-        if sizes is None:
+        name = self.global_pool if pool_type is None else pool_type
+        attends = self.attn_pool is not None
+        if sizes is None or not (attends or name in ("avg", "avgmax")):
             return super().pool(x, pool_type)
-        ones = sizes.new_ones(len(sizes), self.num_prefix_tokens)
-        sizes = torch.cat([ones, sizes], dim=1).type_as(x)  # (B, prefix + K)
-        if not (isinstance(self, Eva) and self.attn_pool is not None) and not getattr(
-            self, "pool_include_prefix", False
-        ):
-            x, sizes = x[:, self.num_prefix_tokens :], sizes[:, self.num_prefix_tokens :]
-        if self.attn_pool is not None:
-            return self.attn_pool(x, attn_mask=sizes.log()[:, None, None])
-        pool_type = self.global_pool if pool_type is None else pool_type
-        mean = (x * sizes.unsqueeze(-1)).sum(dim=1) / sizes.sum(dim=1, keepdim=True)
-        return mean if pool_type == "avg" else (x.amax(dim=1) + mean) / 2
+        # timm's Eva attends to the prefix tokens as well.
+        with_prefix = attends if isinstance(self, Eva) else self.pool_include_prefix
+        if with_prefix:
+            sizes = F.pad(sizes, (self.num_prefix_tokens, 0), value=1.0)  # (B, prefix + K)
+        else:
+            x = x[:, self.num_prefix_tokens :]
+        if attends:
+            return self.attn_pool(x, attn_mask=sizes.log()[:, None, None].type_as(x))
+        shares = (sizes / sizes.sum(dim=1, keepdim=True)).type_as(x)
+        mean = (x * shares.unsqueeze(-1)).sum(dim=1)  # (B, D)
+        return mean if name == "avg" else (x.amax(dim=1) + mean) / 2
 
     def forward_head(
         self, x: Tensor, pre_logits: bool = False, sizes: Tensor | None = None
     ) -> Tensor:
         """Logits of normalised tokens (B, prefix + K, D); `sizes` (B, K) as in `pool`."""
-        pool_type = self.global_pool if self.attn_pool is None else "attention"
-        if pool_type not in ("avg", "avgmax", "attention"):
-            sizes = None
         x = self.head_drop(self.fc_norm(self.pool(x, sizes=sizes)))
         return x if pre_logits else self.head(x)
 
@@ -419,34 +433,49 @@ class ReducingTransformer:
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list | tuple[Tensor, list]:
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> list | tuple[Tensor, list] | dict:
         """timm's feature maps, on the full grid of patches: see `models.trace.unmerge`.
 
         Args:
             x: (B, 3, height, width) normalised images.
             indices: blocks whose output to return: the last so many, these, or (None) all.
-            return_prefix_tokens: pairs of a map and the prefix tokens (B, prefix, D) instead.
+            return_prefix_tokens: pairs of a map and the prefix tokens (B, prefix, D) instead,
+                where there are any.
             norm: apply the model's last normalisation.
             stop_early: without effect, all blocks run.
             output_fmt: "NCHW", maps (B, D, rows, columns), or "NLC", (B, N_0, D).
             intermediates_only: leave out the last tokens.
+            output_dict: timm's dictionary instead of a tuple or list.
+            attn_mask: refused.
+            is_causal: refused.
 
         Returns:
             The last tokens (B, prefix + K, D), normalised, and the maps; or the maps alone.
         """
+        _refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got '{output_fmt}'")
         take, _ = feature_take_indices(len(self.blocks), indices)
         rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x, _, assignments, taken = self.run_blocks(x, take)
-        maps = []
+        maps, prefixes = [], []
         for tokens, num_stages in taken:
             tokens = self.norm(tokens) if norm else tokens
-            prefix = tokens[:, : self.num_prefix_tokens]
+            prefixes.append(tokens[:, : self.num_prefix_tokens])
             features = unmerge(tokens[:, self.num_prefix_tokens :], assignments[:num_stages])
             if output_fmt == "NCHW":  # (B, N_0, D) -> (B, D, rows, columns)
                 features = features.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
-            maps.append((features, prefix) if return_prefix_tokens else features)
+            maps.append(features)
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result = {"image_intermediates": maps}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefixes
+            return result if intermediates_only else result | {"image_features": self.norm(x)}
+        maps = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
         return maps if intermediates_only else (self.norm(x), maps)
 
 
@@ -514,6 +543,7 @@ BLOCKS = {
     ParallelScalingBlock: ReducingParallelScalingBlock,
 }
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
+TIMM_CLASSES = {ours: theirs for table in (MODELS, BLOCKS) for theirs, ours in table.items()}
 
 
 # Converting -------------------------------------------------------------------------------------
@@ -556,15 +586,14 @@ def make_reducing(
         ValueError: the model is of another kind, or an argument is outside its range; the model is
             as it was.
     """
-    restore_timm(model)
-    depth = check_convertible(model)
+    check_convertible(model)
     if importance is None:
         importance = "received" if model.cls_token is None else "class"
     if importance not in IMPORTANCES:
         raise ValueError(f"importance must be one of {IMPORTANCES}, got '{importance}'")
     if importance == "class" and model.cls_token is None:
         raise ValueError("importance 'class' needs a class token, and this model has none")
-    reduction_loc = check_locations(reduction_loc, depth)
+    reduction_loc = check_locations(reduction_loc, len(model.blocks))
     check_blocks(model, reduction_loc)
     get_reduction(reduction)
     if not isinstance(reduction_seed, int):
@@ -573,9 +602,8 @@ def make_reducing(
     check_fraction("match_ratio", match_ratio, zero=True)
     if merge_weights not in MERGE_WEIGHTS:
         raise ValueError(f"merge_weights must be one of {MERGE_WEIGHTS}, got '{merge_weights}'")
-    keep_rates = expand_keep_rate(keep_rate, len(reduction_loc))
-
-    before = run_one_image(model) if check else None
+    rates = expand_keep_rate(keep_rate, len(reduction_loc))
+    keep_rates = dict(zip(reduction_loc, rates, strict=True))
     settings = {
         "reduction": reduction,
         "cluster_ratio": cluster_ratio,
@@ -584,41 +612,29 @@ def make_reducing(
         "reduction_seed": reduction_seed,
         "importance": importance,
     }
-    for stage, index in enumerate(reduction_loc):
-        block = model.blocks[index]
-        block.__class__ = BLOCKS[type(block)]
-        own = {"stage": stage, "num_prefix_tokens": model.num_prefix_tokens}
-        for name, value in (settings | own | {"keep_rate": keep_rates[stage]}).items():
-            setattr(block, name, value)
-    model.__class__ = MODELS[type(model)]
-    for name, value in (settings | {"reduction_loc": reduction_loc}).items():
-        setattr(model, name, value)
-    if check:
-        check_conversion(model, before)
+    convert(model, keep_rates, settings, check=check)
     return model
 
 
-def restore_timm(model: nn.Module) -> None:
-    """Gives a reducing model and its blocks their timm classes back; others stay as they are."""
-    timm_class = {ours: theirs for table in (MODELS, BLOCKS) for theirs, ours in table.items()}
-    for module in (model, *getattr(model, "blocks", ())):
-        module.__class__ = timm_class.get(type(module), type(module))
+def timm_class(module: nn.Module) -> type[nn.Module]:
+    """timm's class of a reducing model or block; any other module's own."""
+    return TIMM_CLASSES.get(type(module), type(module))
 
 
-def check_convertible(model: nn.Module) -> int:
-    """The model's depth; ValueError naming what cannot be made reducing."""
-    kind = type(model).__name__
-    if type(model) not in MODELS:
+def check_convertible(model: nn.Module) -> None:
+    """ValueError naming what of the model cannot be made reducing."""
+    kind = timm_class(model).__name__
+    if timm_class(model) not in MODELS:
         names = ", ".join(known.__name__ for known in MODELS)
         raise ValueError(f"a {kind} cannot be made reducing; timm's {names} can")
-    if isinstance(model.patch_embed, HybridEmbed):
-        raise ValueError(f"a {kind} on a convolutional backbone (HybridEmbed) has no patch grid")
+    if type(model.patch_embed) is not PatchEmbed:
+        embed = type(model.patch_embed).__name__
+        raise ValueError(f"a {kind} with a {embed} has no grid of plain patches (PatchEmbed)")
     if model.attn_pool is not None and (
         type(model.attn_pool) is not AttentionPoolLatent or model.attn_pool.pos_embed is not None
     ):
         pool = type(model.attn_pool).__name__
         raise ValueError(f"the pooling {pool} counts on the whole patch grid")
-    return len(model.blocks)
 
 
 def check_locations(reduction_loc: Sequence[int] | None, depth: int) -> tuple[int, ...]:
@@ -626,7 +642,7 @@ def check_locations(reduction_loc: Sequence[int] | None, depth: int) -> tuple[in
     if reduction_loc is None:
         return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
     reduction_loc = tuple(sorted(reduction_loc))
-    outside = [index for index in reduction_loc if not 0 <= index < depth]
+    outside = [index for index in reduction_loc if index not in range(depth)]
     if outside or len(set(reduction_loc)) != len(reduction_loc):
         raise ValueError(
             f"reduction_loc must be different block indices in 0 .. {depth - 1}, "
@@ -639,7 +655,7 @@ def check_blocks(model: nn.Module, reduction_loc: Sequence[int]) -> None:
     """ValueError naming a reducing block or its attention whose arithmetic is not known."""
     for index in reduction_loc:
         block = model.blocks[index]
-        if type(block) not in BLOCKS:
+        if timm_class(block) not in BLOCKS:
             raise ValueError(f"block {index} is a {type(block).__name__}, which cannot reduce")
         attns = [branch.attn for branch in getattr(block, "attns", ())]
         attns += [block.attn] if hasattr(block, "attn") else []
@@ -649,42 +665,80 @@ def check_blocks(model: nn.Module, reduction_loc: Sequence[int]) -> None:
                 raise ValueError(f"block {index} has a {kind}, whose importance is not known")
 
 
+def convert(model: nn.Module, keep_rates: dict[int, float], settings: dict, *, check: bool) -> None:
+    """Gives the model and its reducing blocks their classes; an error leaves them as they were.
+
+    Args:
+        model: a model that passed the checks, reducing already or not.
+        keep_rates: keep rate by index of the reducing block, in rising order.
+        settings: what the model and all its reducing blocks hold.
+        check: as in `make_reducing`.
+    """
+    modules = (model, *model.blocks)
+    saved = [(module, type(module), dict(vars(module))) for module in modules]
+    try:
+        for module in modules:
+            module.__class__ = timm_class(module)
+        before = run_one_image(model) if check else None
+        own = settings | {"num_prefix_tokens": model.num_prefix_tokens}
+        for stage, (index, keep_rate) in enumerate(keep_rates.items()):
+            block = model.blocks[index]
+            block.__class__ = BLOCKS[type(block)]
+            for name, value in (own | {"stage": stage, "keep_rate": keep_rate}).items():
+                setattr(block, name, value)
+        model.__class__ = MODELS[type(model)]
+        for name, value in settings.items():
+            setattr(model, name, value)
+        if before is not None:
+            check_conversion(model, before)
+    except BaseException:
+        for module, kind, attributes in saved:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+
+
 @torch.no_grad()
-def run_one_image(model: nn.Module) -> Tensor | None:
-    """Outputs (1, classes) of one random image in evaluation mode; None on the meta device."""
+def run_one_image(model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Tokens (1, L, D) and outputs of one random image in evaluation mode; None on "meta"."""
     weight = model.patch_embed.proj.weight
     if weight.is_meta:
         return None
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, weight.shape[1], *model.patch_embed.img_size, generator=generator)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        return model.eval()(image.to(weight)).float()
+        tokens = model.eval().forward_features(image.to(weight))
+        return tokens.float(), model.forward_head(tokens).float()
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
-def check_conversion(model: ReducingTransformer, before: Tensor | None) -> None:
-    """Compares a converted model at keep rate 1 with its outputs before, and counts its tokens.
+def check_conversion(model: ReducingTransformer, before: tuple[Tensor, Tensor]) -> None:
+    """Compares keep rate 1 with what `run_one_image` gave before, and counts the tokens left.
 
     Raises:
-        ValueError: they differ; the model is timm's again.
+        ValueError: they differ, or the number of tokens is not that of `stages`.
     """
-    if before is None:
-        return
     keep_rates = model.keep_rates
     model.set_keep_rate(1.0)
-    after = run_one_image(model)
+    dense = run_one_image(model)
     model.set_keep_rate(keep_rates)
-    dtype = next(model.parameters()).dtype
-    tolerance = CHECK_TOLERANCE * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    scale = max(1.0, before.abs().max().item())
-    if not (after - before).abs().max() <= tolerance * scale:
-        restore_timm(model)
-        raise ValueError(
-            "the model does not compute the same with stages that keep everything: its outputs "
-            f"differ by {(after - before).abs().max():.2g}"
-        )
+    eps = torch.finfo(model.patch_embed.proj.weight.dtype).eps
+    tolerance = CHECK_TOLERANCE * eps / torch.finfo(torch.float32).eps
+    for expected, result in zip(before, dense, strict=True):
+        error = (result - expected).abs().max()
+        if not error <= tolerance * expected.abs().max().clamp(min=1):
+            raise ValueError(
+                f"a {timm_class(model).__name__} computes something else with stages that keep "
+                f"everything: it differs by {error:.2g}"
+            )
+    num_tokens = run_one_image(model)[0].shape[1] - model.num_prefix_tokens
+    stages = model.stages()
+    if stages and num_tokens != stages[-1].num_outputs:
+        raise ValueError(f"{num_tokens} patch tokens are left, not {stages[-1].num_outputs}")
 
 
 def expand_keep_rate(keep_rate: float | Sequence[float], num_stages: int) -> tuple[float, ...]:
