@@ -64,7 +64,7 @@ RANGES = {
     (1, 10**6): "epochs keep_checkpoints",
     (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers",
     (0, 10**6): "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
-    (1e-3, 1): "layer_decay eval_crop_ratio",
+    (1e-3, 1): "layer_decay",
     (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
     (1, 1000): "recount",
     (0, 100): "color_jitter",
@@ -509,7 +509,8 @@ def data_config(
     """
     flags = {"crop_pct": args.eval_crop_ratio, "mean": args.mean, "std": args.std}
     flags |= {"interpolation": args.interpolation}
-    config = {name: _plain(stored[name] if v is None else v) for name, v in flags.items()}
+    known = pretrained_config(DEFAULT_MODEL) | dict(stored)
+    config = {name: _plain(known[name] if v is None else v) for name, v in flags.items()}
     return {"input_size": to_2tuple(input_size)} | config
 
 
