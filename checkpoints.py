@@ -287,7 +287,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     }
     newest = [folder / PENDING, folder / "checkpoint.pth"]
     older = [numbered[index] for index in sorted(numbered)]
-    return [path for path in newest + older if path.is_file()]
+    return [path for path in newest + older if os.path.isfile(path)]
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
@@ -314,7 +314,8 @@ class StartingPoint(NamedTuple):
 def starting_point(args: argparse.Namespace, output_dir: Path | None) -> StartingPoint:
     """The checkpoint that `--resume` names, or else the one that `--finetune` does."""
     if args.resume == "auto":
-        found = latest_checkpoint(output_dir) if output_dir else None
+        has_folder = output_dir is not None and os.path.isdir(output_dir)
+        found = latest_checkpoint(output_dir) if has_folder else None
         if found is not None:
             return StartingPoint(str(found[0]), found[1], True)
     resumes = args.resume not in ("", "auto")

@@ -9,6 +9,7 @@ import argparse
 import copy
 import datetime
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -563,7 +564,7 @@ def run(args: argparse.Namespace) -> None:
         make_deterministic()
     device = init_process(args.device, args.dist_timeout)
     say_no_effect(args)
-    output_dir = check_writable(args.output_dir) if args.output_dir else None
+    output_dir = Path(os.path.expanduser(args.output_dir)) if args.output_dir else None
     start = find_start(args, output_dir, device)
     stored = dict(start.checkpoint.get("model_args") or {})
     if not start.resumes and not args.eval:  # may have other classes than its source
@@ -575,6 +576,8 @@ def run(args: argparse.Namespace) -> None:
         logger.info(describe(model))
         return
     logger.info(f"device: {device}, autocast: {find_amp(args.amp, device)}")
+    if output_dir is not None:
+        check_writable(output_dir)
 
     # Data
     known = pretrained_config(model_args["model_name"]) | start.checkpoint.get("data_config", {})

@@ -129,6 +129,7 @@ def test_the_base_flags_are_good(
         (["--epoch-images", "1"], ["--batch-size 16", "1 training images"]),
         (["--checkpoint-interval", "soon"], ["--checkpoint-interval", "soon"]),
         (["--eval-crop-ratio", "0"], ["crop ratio is 0.0", "0.1 to 1"]),
+        (["--resume", "auto", "--output-dir", "x" * 5000], ["output folder", "too long"]),
         (["--std", "0", "1", "1"], ["mean and std", "std above 0"]),
         (["--model-kwargs", "depth=9999999"], ["depth is above"]),
         (["--model-kwargs", "reduction_seed=x"], ["reduction_seed must be an integer"]),
