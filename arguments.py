@@ -4,18 +4,22 @@ Names and defaults are DeiT's and EViT's. Dashes and underscores are both accept
 """
 
 import argparse
+import importlib
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
-from models.reduction import MERGE_WEIGHTS
-from models.weights import inherited_settings
+from models.reduction import MERGE_WEIGHTS, Reduction
+from models.vit import IMPORTANCES, REDUCTION_KEYWORDS
+from models.weights import WEIGHT_SOURCES, inherited_settings
 
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
 DEFAULT_SIZE = (224, 224)
@@ -23,20 +27,10 @@ DATA_SETS = ("IMNET", "CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19", "DEMO")
 DEFAULT_CROP = 0.875
 DEFAULT_DROP_PATH = 0.1
 AMP_CHOICES = ("auto", "off", "fp16", "bf16")
-REDUCTION_FLAGS = (
-    "keep_rate",
-    "reduction",
-    "reduction_loc",
-    "cluster_ratio",
-    "match_ratio",
-    "merge_weights",
-)
 # Keywords of the model that have a flag, or another way, and so cannot be given in --model-kwargs.
 KEYWORD_FLAGS = {
-    "checkpoint_path": "--finetune",
-    "pretrained": "--finetune",
-    "pretrained_cfg": "--finetune",
-    "pretrained_cfg_overlay": "--finetune",
+    **dict.fromkeys(WEIGHT_SOURCES, "--finetune"),
+    "pretrained": "--pretrained",
     "features_only": "forward_with_assignments in Python",
     "out_indices": "forward_with_assignments in Python",
     "in_chans": "images of three channels",
@@ -46,6 +40,7 @@ KEYWORD_FLAGS = {
     "drop_rate": "--drop",
     "drop_path_rate": "--drop-path",
 }
+REDUCTION_FLAGS = tuple(name for name in REDUCTION_KEYWORDS if name != "reduction_seed")
 KEYWORD_FLAGS |= {name: f"--{name.replace('_', '-')}" for name in REDUCTION_FLAGS}
 # Flags of DeiT's and EViT's parsers that change nothing here, and why.
 NO_EFFECT = {
@@ -63,19 +58,19 @@ ANSWERS = {
     "--use-lmdb": "--data-path reads the image files themselves; for small images, --image-cache "
     "FOLDER keeps them decoded in one file",
 }
-# The interval, ends included, that the values of flags must be in; infinity itself is refused.
+# The interval, ends included, that the values of flags must be in.
 RANGES = {
     (1, math.inf): "batch_size epoch_images accum_steps eval_interval print_freq max_image_pixels",
     (1, 10**6): "epochs keep_checkpoints",
     (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers",
     (0, 10**6): "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
+    (1e-3, 1): "layer_decay",
     (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
     (1, 1000): "recount",
     (0, 100): "color_jitter",
     (0, 0.999): "drop drop_path smoothing",
-    (1e-3, 1): "eval_crop_ratio",
     (1e-9, math.inf): "clip_grad distillation_tau dist_timeout",
-    (0, 2**63 - 1): "seed",
+    (1e-3, 10**6): "decay_epochs",
 }
 
 
@@ -156,13 +151,42 @@ class _Size(argparse.Action):
     """Stores one or two lengths as (height, width)."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if len(values) > 2 or min(values) < 1:
-            parser.error(f"{option_string} takes one or two lengths of at least 1, got {values}")
+        if len(values) > 2 or not 1 <= min(values) <= max(values) <= 2**13:
+            parser.error(f"{option_string} takes one or two lengths of 1 to 8192, got {values}")
         setattr(namespace, self.dest, (values[0], values[-1]))
 
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def finite(text: str) -> float:
+    """argparse's type for a number that is neither infinite nor none."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+def at_least(low: int, high: int = 10**6) -> Callable[[str], int]:
+    """argparse's type for an integer from `low` up, within reason."""
+
+    def integer(text: str) -> int:  # argparse says "invalid integer value"
+        if not low <= (value := int(text)) <= high:
+            limit = f"at least {low}" if value < low else f"at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {value}")
+        return value
+
+    return integer
+
+
+random_seed = at_least(0, 2**63 - 1)
+
+
+def folder(text: str) -> Path:
+    """argparse's type for an output folder, which must have a name."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
+    return Path(os.path.expanduser(text))
 
 
 def add_switch(group, flag: str, *, default: bool | None, help: str) -> None:
@@ -175,28 +199,37 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose a model; None means the checkpoint's value, or the default."""
     add = parser.add_argument_group("model").add_argument
     add("--model", help=f"name registered with timm; default: the checkpoint's, or {DEFAULT_MODEL}")
+    add("--pretrained", action="store_true",
+        help="start from timm's weights of --model, where no checkpoint is given")
     add("--model-kwargs", nargs="*", default={}, action=_KeyValues, metavar="KEY=VALUE",
         help="more keywords of the model, e.g. embed_dim=192 depth=6 patch_size=4")
     add("--input-size", type=int, nargs="+", metavar="PIXELS", action=_Size,
-        help="side of the square input, or height and width; default: the checkpoint's, or 224")
-    add("--nb-classes", type=int, help="classes; default: those of the data set")
+        help="side of the square input, or height and width; default: the checkpoint's, or that of "
+        "timm's weights of --model")
+    add("--nb-classes", type=at_least(1), help="classes; default: those of the data set")
     add("--ema", action="store_true",
         help="take the checkpoint's exponential moving average of the weights")
     add = parser.add_argument_group("token reduction").add_argument
-    add("--keep-rate", "--base-keep-rate", type=float, nargs="+", metavar="RATE",
+    add("--keep-rate", "--base-keep-rate", type=finite, nargs="+", metavar="RATE",
         help="share of the tokens that leave a reducing block, in (0, 1]: one value, or one per "
         "block; default: the checkpoint's, or 0.7")
-    add("--reduction", choices=tuple(REDUCTIONS), help="method; default: the checkpoint's, or bat")
+    add("--reduction", type=reduction_method, metavar="METHOD",
+        help=f"{', '.join(REDUCTIONS)}, or my_module:my_method, which is imported; default: the "
+        "checkpoint's, or bat")
     add("--reduction-loc", "--drop-loc", nargs="*", metavar="BLOCK", action=_Blocks,
-        help="indices of the reducing blocks, from 0; default: the checkpoint's, or 3 6 9")
-    add("--cluster-ratio", type=float,
+        help="indices of the reducing blocks, from 0; default: the checkpoint's, or those after a "
+        "quarter, half and three quarters of the depth")
+    add("--cluster-ratio", type=finite,
         help="share of the kept tokens spent on clusters, in [0, 1]; 0 drops the inattentive "
         "tokens; default: the checkpoint's, or 0.4")
-    add("--match-ratio", type=float,
+    add("--match-ratio", type=finite,
         help="matched pairs per kept token that is not a cluster, in [0, 1]; default: the "
         "checkpoint's, or 0.1")
     add("--merge-weights", choices=MERGE_WEIGHTS,
         help="weights inside a merged token; default: the checkpoint's, or importance")
+    add("--importance", choices=IMPORTANCES,
+        help="of a token: the class token's attention to it, or what it receives from all tokens; "
+        "default: the checkpoint's, or class where there is a class token")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,11 +250,15 @@ def add_image_arguments(add: Callable) -> None:
     add("--max-image-pixels", type=int, default=89_000_000, metavar="N",
         help="larger images count as unreadable, before they are decoded; the default is 1/4 GiB "
         "of RGB, and 178956970 is as far as Pillow goes")
-    add("--eval-crop-ratio", type=float,
-        help=f"crop of the resized image, in (0, 1]; default: the checkpoint's, or {DEFAULT_CROP}")
+    add("--eval-crop-ratio", type=finite,
+        help="crop of the resized image, in [0.1, 1]; default: the checkpoint's, or "
+        f"{DEFAULT_CROP}")
     for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        add(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
-            help=f"{name} of the images, in 0 to 1; default: the checkpoint's, or {values}")
+        add(f"--{name}", type=finite, nargs=3, metavar=("R", "G", "B"),
+            help=f"{name} of the images, in 0 to 1; default: the checkpoint's, or that of timm's "
+            f"weights of --model, as {values}")
+    add("--interpolation", choices=("bilinear", "bicubic"),
+        help="of the evaluation; default: the checkpoint's, or that of timm's weights")
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -232,18 +269,19 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=300, help="passes over the training set")
     add("--epoch-images", type=int, metavar="N",
         help="end an epoch after so many images, drawn anew each time; default: all")
-    add("--drop", type=float, default=0.0, help="dropout probability")
-    add("--drop-path", type=float,
+    add("--drop", type=finite, default=0.0, help="dropout probability")
+    add("--drop-path", type=finite,
         help=f"stochastic depth probability; default: {DEFAULT_DROP_PATH}")
     add_switch(group, "--model-ema", default=True,
                help="keep an exponential moving average of the weights")
-    add("--model-ema-decay", type=float, default=0.99996, help="decay of the moving average")
+    add("--model-ema-decay", type=finite, default=0.99996, help="decay of the moving average")
     add_switch(group, "--model-ema-force-cpu", default=False, help="keep it in host memory")
     add("--shrink-epochs", type=int,
         help="epochs in which the keep rate falls from 1 along a cosine; default: 0 where "
         "--shrink-start-epoch is given, else the keep rate is fixed")
     add("--shrink-start-epoch", type=int,
-        help="first of them, 1 is kept before; default: 10 where --shrink-epochs is given")
+        help="first epoch of the shrinking, all tokens are kept before it; default: 10 where "
+        "--shrink-epochs is given")
     add_switch(group, "--train-mode", default=None,
                help="stochastic depth and dropout on; default: the resumed run's, else on, but off "
                "with --finetune")
@@ -251,7 +289,8 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the attention, the position embedding and the head alone")
     add("--bce-loss", action="store_true", help="binary cross-entropy; needs --smoothing 0")
     add("--cosub", action="store_true",
-        help="co-train two random submodels on every image (needs --drop-path)")
+        help="co-train two random submodels on every image (needs stochastic depth: --train-mode "
+        "with --finetune)")
     add("--amp", choices=AMP_CHOICES, default="auto",
         help="autocast type; auto: bf16 on GPUs that have it, fp16 on others, off on a CPU")
     add_switch(group, "--compile", default=False, help="torch.compile the model")
@@ -260,56 +299,59 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="pull the model to a teacher's distribution (soft) or decisions (hard)")
     add("--teacher-model", default="regnety_160", help="timm model")
     add("--teacher-path", default="", help="checkpoint of the teacher")
-    add("--distillation-alpha", type=float, default=0.5, help="weight, in [0, 1]")
-    add("--distillation-tau", type=float, default=1.0, help="temperature")
+    add("--distillation-alpha", type=finite, default=0.5, help="weight, in [0, 1]")
+    add("--distillation-tau", type=finite, default=1.0, help="temperature")
 
 
 def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimizer").add_argument
     add("--opt", default="adamw", help="optimizer, by timm's name")
-    add("--opt-eps", type=float, default=1e-8, help="epsilon")
-    add("--opt-betas", type=float, nargs="+", help="betas; default: the optimizer's")
-    add("--momentum", type=float, default=0.9, help="SGD momentum")
-    add("--weight-decay", type=float, default=0.05, help="weight decay")
-    add("--clip-grad", type=float, help="largest gradient norm; default: no limit")
+    add("--opt-eps", type=finite, default=1e-8, help="epsilon")
+    add("--opt-betas", type=finite, nargs="+", help="betas; default: the optimizer's")
+    add("--momentum", type=finite, default=0.9, help="SGD momentum")
+    add("--weight-decay", type=finite, default=0.05, help="weight decay")
+    add("--layer-decay", type=finite,
+        help="factor on the learning rate from each block to the one before it, in (0, 1]")
+    add("--clip-grad", type=finite, help="largest gradient norm; default: no limit")
     add("--accum-steps", "--grad-accum-steps", type=int, default=1,
         help="gradient accumulation steps")
     group = parser.add_argument_group("learning rate")
     add = group.add_argument
     add("--sched", default="cosine", help="scheduler, by timm's name")
-    add("--lr", type=float, default=5e-4,
+    add("--lr", type=finite, default=5e-4,
         help="peak learning rate for a total batch of 512 images, scaled to the actual one")
     add_switch(group, "--unscale-lr", default=False, help="use --lr whatever the total batch")
-    add("--lr-noise", type=float, nargs="+", help="epochs with noise, as shares")
-    add("--lr-noise-pct", type=float, default=0.67, help="limit of the noise")
-    add("--lr-noise-std", type=float, default=1.0, help="deviation of the noise")
-    add("--warmup-lr", type=float, default=1e-6, help="first learning rate of the warm-up")
-    add("--min-lr", type=float, default=1e-5, help="lowest learning rate, never scaled")
-    add("--decay-epochs", type=float, default=30, help="epochs a step (step)")
+    add("--lr-noise", type=finite, nargs="+",
+        help="first and last epoch with noise, as shares of all")
+    add("--lr-noise-pct", type=finite, default=0.67, help="limit of the noise")
+    add("--lr-noise-std", type=finite, default=1.0, help="deviation of the noise")
+    add("--warmup-lr", type=finite, default=1e-6, help="first learning rate of the warm-up")
+    add("--min-lr", type=finite, default=1e-5, help="lowest learning rate, never scaled")
+    add("--decay-epochs", type=finite, default=30, help="epochs between the steps of --sched step")
     add("--warmup-epochs", type=int, default=5, help="epochs of warm-up")
     add("--cooldown-epochs", type=int, default=10, help="epochs at the lowest learning rate")
-    add("--decay-rate", "--dr", type=float, default=0.1, help="factor of a step")
+    add("--decay-rate", "--dr", type=finite, default=0.1, help="factor of a step")
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation")
     add = group.add_argument
     add_switch(group, "--src", default=False, help="simple random crop instead of a resized one")
-    add("--color-jitter", type=float, default=0.3, help="strength without --aa")
+    add("--color-jitter", type=finite, default=0.3, help="strength without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment or AutoAugment policy, or none")
     add("--ThreeAugment", dest="aa", action="store_const", const="3a",
         help="DeiT-III's, the same as --aa 3a: no random erasing; with --src mirrored borders")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--smoothing", type=finite, default=0.1, help="label smoothing")
     add("--train-interpolation", default="bicubic", help="bilinear, bicubic, random")
     add_switch(group, "--repeated-aug", default=True, help="repeated augmentation, three times")
-    add("--reprob", type=float, default=0.25, help="random erasing probability")
+    add("--reprob", type=finite, default=0.25, help="random erasing probability")
     add("--remode", default="pixel", help="random erasing fill")
     add("--recount", type=int, default=1, help="random erasing boxes")
-    add("--mixup", type=float, default=0.8, help="mixup alpha, 0 for none")
-    add("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 for none")
-    add("--cutmix-minmax", type=float, nargs=2, help="cutmix box sides, as shares")
-    add("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix")
-    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix if both")
+    add("--mixup", type=finite, default=0.8, help="mixup alpha, 0 for none")
+    add("--cutmix", type=finite, default=1.0, help="cutmix alpha, 0 for none")
+    add("--cutmix-minmax", type=finite, nargs=2, help="cutmix box sides, as shares")
+    add("--mixup-prob", type=finite, default=1.0, help="probability of mixup or cutmix")
+    add("--mixup-switch-prob", type=finite, default=0.5, help="probability of cutmix if both")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="granularity")
 
 
@@ -326,7 +368,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-interval", type=int, default=1, help="epochs between evaluations")
     add_switch(group, "--dist-eval", default=True, help="share the evaluation among processes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--seed", type=int, default=0, help="random seed")
+    add("--seed", type=random_seed, default=0, help="random seed")
     add("--num-workers", type=int, default=min(10, _num_cores()),
         help="data loader worker processes of each process; default: one a core, 10 at most")
     add("--image-cache", default="", metavar="FOLDER",
@@ -338,7 +380,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="write checkpoints within an epoch too: every 500 updates, or every 10m; 0: never")
     add("--keep-checkpoints", type=int, default=1,
         help="newest checkpoints to keep, beside the best")
-    add("--dist-timeout", type=float, default=30,
+    add("--dist-timeout", type=finite, default=30,
         help="minutes to wait for another process, and for what one of them prepares")
     add("--fuse-token", dest="reduction", action="store_const", const="evit",
         help="EViT's, the same as --reduction evit")
@@ -348,9 +390,28 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         add(flag, nargs="?", action=_Answer, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group = parser.add_argument_group("what the model costs")
     add_switch(group, "--describe", default=False, help="print tokens and GMACs a block and stop")
-    group.add_argument("--target-gmacs", type=float,
+    group.add_argument("--target-gmacs", type=finite,
         help="find the keep rate for this many GMACs an image; replaces --keep-rate")
 # fmt: on
+
+
+def reduction_method(text: str) -> str:
+    """The name of a method; my_module:my_method is imported and registered under that name."""
+    module, colon, function = text.partition(":")
+    if colon and text not in REDUCTIONS:
+        sys.path.insert(0, os.getcwd())
+        try:
+            method = getattr(importlib.import_module(module), function)
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {problem}"
+            raise argparse.ArgumentTypeError(f"cannot import {text}: {reason}") from problem
+        finally:
+            sys.path.remove(os.getcwd())
+        REDUCTIONS[text] = method if isinstance(method, Reduction) else Reduction(method)
+    if text not in REDUCTIONS:
+        choices = ", ".join(REDUCTIONS)
+        raise argparse.ArgumentTypeError(f"unknown method '{text}'; choose from {choices}")
+    return text
 
 
 def get_args_parser() -> ArgumentParser:
@@ -375,7 +436,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         limits = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and (not low <= value <= high or value == math.inf):
+            if value is not None and not low <= value <= high:
                 parser.error(f"--{name.replace('_', '-')} must be {limits}, got {value}")
     if args.cutmix_minmax and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
         parser.error(f"--cutmix-minmax must be 0 <= MIN < MAX <= 1, got {args.cutmix_minmax}")
@@ -384,7 +445,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if args.distillation_type != "none" and args.finetune:
         parser.error("--finetune and --distillation-type cannot be combined, as in DeiT")
     if args.bce_loss and args.smoothing:
-        parser.error("--bce-loss needs --smoothing 0: no smoothed target is 0")
+        parser.error("--bce-loss needs --smoothing 0: it takes every target above 0 for 1")
     if args.cosub and args.distillation_type != "none":
         parser.error("--cosub and --distillation-type cannot be combined")
     if args.ema and not (args.eval or args.describe or args.finetune):
@@ -394,9 +455,6 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and not args.eval and args.batch_size % 2:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
-    for flag, path in (("--resume", args.resume), ("--finetune", args.finetune)):
-        if path and path != "auto" and "://" not in path and not os.path.isfile(path):
-            parser.error(f"{flag}: no such file: {path}")
 
 
 def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> dict:
@@ -413,33 +471,47 @@ def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> 
     flags = {"model_name": args.model, "img_size": args.input_size, "num_classes": args.nb_classes}
     flags |= {name: getattr(args, name) for name in REDUCTION_FLAGS}
     given = {name: _plain(value) for name, value in flags.items() if value is not None}
-    defaults = {"model_name": DEFAULT_MODEL, "img_size": DEFAULT_SIZE}
+    if args.pretrained:
+        given["pretrained"] = True
+    name = args.model or stored.get("model_name", DEFAULT_MODEL)
+    defaults = {"model_name": name, "img_size": to_2tuple(pretrained_config(name)["input_size"])}
     return defaults | stored | given | args.model_kwargs
+
+
+def pretrained_config(model_name: str) -> dict:
+    """Input size and the other values of `data_config` for timm's weights of a model, or DeiT's."""
+    config = {
+        "input_size": DEFAULT_SIZE,
+        "crop_pct": DEFAULT_CROP,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+    }
+    known = timm.get_pretrained_cfg(model_name)
+    if known is None:
+        return config
+    return {name: getattr(known, name) for name in config} | {"input_size": known.input_size[1:]}
 
 
 def data_config(
     args: argparse.Namespace, input_size: int | tuple[int, int], stored: Mapping
 ) -> dict:
-    """What makes an image the model's input: the flags given, over stored values, over DeiT's.
+    """What makes an image the model's input: the flags given, over stored values.
 
     Args:
-        args: reads eval_crop_ratio, mean and std.
+        args: reads eval_crop_ratio, mean, std and interpolation.
         input_size: (H, W), or one number for both.
-        stored: `data_config` of a checkpoint, or `pretrained_cfg` of a model.
+        stored: a model's pretrained_cfg, or `pretrained_config` with a checkpoint's data_config.
 
     Returns:
         Plain values by timm's names: input_size (H, W), crop_pct in (0, 1], mean and std of the
-        channels.
+        channels, interpolation.
     """
     flags = {"crop_pct": args.eval_crop_ratio, "mean": args.mean, "std": args.std}
-    values = {
-        "crop_pct": DEFAULT_CROP,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-    }
-    for name, given in flags.items():
-        values[name] = _plain(stored.get(name, values[name]) if given is None else given)
-    return {"input_size": to_2tuple(input_size)} | values
+    flags |= {"interpolation": args.interpolation}
+    known = pretrained_config(DEFAULT_MODEL) | dict(stored)
+    config = {name: _plain(known[name] if v is None else v) for name, v in flags.items()}
+    return {"input_size": to_2tuple(input_size)} | config
 
 
 def _plain(value: object) -> object:

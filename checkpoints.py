@@ -1,11 +1,10 @@
 """A run's folder: what is written there, and how a run or a model comes back from it."""
 
 import argparse
-import ast
+import copy
 import datetime
 import json
 import math
-import operator
 import os
 import pickle
 import re
@@ -21,16 +20,30 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models._hub import (
+    download_cached_file,
+    download_from_hf,
+    load_cfg_from_json,
+    load_state_dict_from_hf,
+    load_state_dict_from_path,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from engine import TrainState, set_keep_rate
-from models import ReducingTransformer
-from models.weights import inherited_settings, shown_settings, with_timms_names
+from engine import TrainState
+from models import make_reducing
+from models.vit import REDUCTION_KEYWORDS
+from models.weights import (
+    WEIGHT_SOURCES,
+    inherited_settings,
+    shown_settings,
+    with_timms_names,
+)
 from utils import (
     InputError,
     MetricLogger,
@@ -54,22 +67,17 @@ SCHEDULE_FLAGS = (
 )  # fmt: skip
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
 MOST_BLOCKS = 1000
+HUB_INPUTS = ("crop_pct", "mean", "std", "interpolation")
+MOST_PIXELS = 2**13  # a side
 # What an optimizer's parameter groups must agree in with the flags.
 HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
+# What a scheduler's state may differ in from the flags': the epochs and the batch decide it.
+RESCALED = ("base_values", "warmup_steps", "t_initial", "decay_t", "noise_range_t")
 # What the reduction was where a checkpoint of this project does not say it: its first defaults.
 FIRST_REDUCTION = {
     "reduction": "bat", "keep_rate": 0.7, "reduction_loc": (3, 6, 9), "cluster_ratio": 0.4,
     "match_ratio": 0.1, "merge_weights": "importance", "reduction_seed": 0,
 }  # fmt: skip
-# Settings that the images depend on: the kinds of number, how many of them, lowest and highest.
-NUMBERS = {
-    "img_size": ("i", (1, 2), 1, 2**16), "crop_pct": ("if", (1,), 1e-3, 1),
-    "mean": ("if", (1, 3), -1e3, 1e3), "std": ("if", (1, 3), 1e-9, 1e9),
-}  # fmt: skip
-# Keywords of timm.create_model that name other weights than the checkpoint's.
-WEIGHT_SOURCES = (
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
-)  # fmt: skip
 # Plain values in the `args` of DeiT's and EViT's runs, under all the names that versions of NumPy
 # and Python give them. Any path comes back as a pure one: its text, which touches no file.
 SAFE_GLOBALS = [
@@ -106,13 +114,18 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         silent = warnings.catch_warnings(action="ignore")  # of tensors that are refused below
         with torch.serialization.safe_globals(SAFE_GLOBALS), silent:
+            file = path
             if path.startswith(("http://", "https://")):
-                checkpoint = torch.hub.load_state_dict_from_url(
-                    path, map_location="cpu", check_hash=True, weights_only=True
-                )
+                file = download_cached_file(path, check_hash=True)
+            if path.startswith("hf-hub:") or os.path.isdir(file):
+                checkpoint = _read_hub(file)
+            elif not os.path.isfile(file):
+                raise FileNotFoundError
+            elif file.endswith(".safetensors"):
+                checkpoint = safetensors.torch.load_file(file)
             else:
-                _check_archive(path)
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                _check_archive(file)
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, Mapping) or not checkpoint:
             raise InputError(f"it holds a {type(checkpoint).__name__}, not weights")
         return _in_one_layout(checkpoint)
@@ -125,6 +138,29 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as problem:  # damaged files fail in every way that a reader can
         reason = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
     raise InputError(f"checkpoint {path} cannot be read: {reason}")
+
+
+def _read_hub(source: str) -> dict:
+    """Weights and settings of `hf-hub:OWNER/NAME`, or of a folder of `timm.models.save_for_hf`.
+
+    The reduction's settings are in its config.json where `tools.export --format hf` wrote it.
+    """
+    if source.startswith("hf-hub:"):
+        name = source.removeprefix("hf-hub:")
+        config = load_cfg_from_json(download_from_hf(name, "config.json"))
+        weights = load_state_dict_from_hf(name, weights_only=True)
+    else:
+        config = load_cfg_from_json(Path(source, "config.json"))
+        weights = load_state_dict_from_path(source)
+    known = config["pretrained_cfg"]
+    settings = {
+        "model_name": config["architecture"],
+        "num_classes": config["num_classes"],
+        "img_size": tuple(known["input_size"][1:]),
+    }
+    settings |= config.get("model_args", {}) | config.get("reduction", {})
+    data_config = {name: known[name] for name in HUB_INPUTS if name in known}
+    return {"model": weights, "model_args": settings, "data_config": data_config}
 
 
 def _check_archive(path: str) -> None:
@@ -159,8 +195,8 @@ def _refused_types(path: str, problem: pickle.UnpicklingError) -> str:
         return "it is damaged, or holds more than tensors and plain values"
     return (
         f"it holds {', '.join(sorted(refused))}, and reading that could run code. If you trust "
-        'its source, save the weights alone: python -c "import torch; torch.save('
-        f"torch.load('{path}', weights_only=False)['model'], 'weights.pth')\""
+        'its source, save the weights alone: python -c "import torch; c = '
+        f"torch.load('{path}', weights_only=False); torch.save(c.get('model', c), 'weights.pth')\""
     )
 
 
@@ -182,7 +218,7 @@ def _in_one_layout(stored: Mapping) -> dict:
         for name in shown.keys() & settings.keys() & {"embed_dim", "depth"}:
             if settings[name] != shown[name]:
                 raise InputError(f"its {name} is {settings[name]}, its weights' {shown[name]}")
-        if str(settings.get("model_name")).startswith("bat_"):
+        if str(settings.get("model_name")).startswith("bat_"):  # then the only reducing ones
             settings = FIRST_REDUCTION | settings
     crop = args.get("eval_crop_ratio")  # what runs say that store no data_config
     data_config = _plain_dict(checkpoint, "data_config") or ({"crop_pct": crop} if crop else {})
@@ -202,15 +238,15 @@ def _check_values(checkpoint: Mapping) -> None:
         if not isinstance(mode, bool | None):
             raise InputError(f"its training mode is a {type(mode).__name__}")
     settings = checkpoint["model_args"] | checkpoint["data_config"]
-    try:  # what can be written as JSON is plain
-        json.dumps([checkpoint["model_args"], checkpoint["data_config"]], allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as problem:
-        raise InputError(f"its model_args or data_config are not plain: {problem}") from problem
-    for name, (kinds, counts, low, high) in NUMBERS.items():
-        values = np.atleast_1d(settings.get(name, low))
-        is_plain = values.dtype.kind in kinds and values.ndim == 1 and len(values) in counts
-        if not is_plain or not (low <= values.min() and values.max() <= high):
-            raise InputError(f"its {name} is {settings[name]!r:.80}")
+    for name, value in settings.items():  # numbers, words, and lists of them
+        parts = value if isinstance(value, list | tuple) else [value]
+        is_plain = all(isinstance(part, str | int | float | None) for part in parts)
+        if not is_plain or any(isinstance(p, float) and not math.isfinite(p) for p in parts):
+            raise InputError(f"its {name} is no plain value")
+    size = settings.get("img_size", 1)
+    sides = [size] if isinstance(size, int) else size
+    if len(sides) not in (1, 2) or not all(type(n) is int and 0 < n <= MOST_PIXELS for n in sides):
+        raise InputError(f"its img_size is {size!r:.80}")
 
 
 def _plain_dict(checkpoint: Mapping, name: str) -> dict:
@@ -234,12 +270,8 @@ def _settings_in_args(args: Mapping) -> dict:
     if "fuse_token" in args:
         settings["reduction"] = "evit" if args["fuse_token"] else "topk"
     if "drop_loc" in args:
-        try:
-            settings["reduction_loc"] = tuple(
-                map(operator.index, ast.literal_eval(str(args["drop_loc"])))
-            )
-        except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as problem:
-            raise InputError("its drop_loc is no tuple of block indices") from problem
+        words = re.findall(r"-?\w+", str(args["drop_loc"]))
+        settings["reduction_loc"] = tuple(int(word) for word in words)
     return settings
 
 
@@ -279,10 +311,10 @@ class StartingPoint(NamedTuple):
     resumes: bool  # goes on with that run, or evaluates it; False: takes its weights alone
 
 
-def starting_point(args: argparse.Namespace) -> StartingPoint:
+def starting_point(args: argparse.Namespace, output_dir: Path | None) -> StartingPoint:
     """The checkpoint that `--resume` names, or else the one that `--finetune` does."""
     if args.resume == "auto":
-        found = latest_checkpoint(Path(args.output_dir)) if args.output_dir else None
+        found = latest_checkpoint(output_dir) if output_dir else None
         if found is not None:
             return StartingPoint(str(found[0]), found[1], True)
     resumes = args.resume not in ("", "auto")
@@ -314,25 +346,34 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
-    """`timm.create_model(**model_args)`; what does not fit or (`reducing`) reduce: `InputError`."""
+    """The model of timm with these keywords, and (`reducing`) those of `make_reducing`.
+
+    Raises:
+        InputError: it does not exist, a keyword does not fit it, or it cannot reduce.
+    """
     name = model_args["model_name"]
-    own = ", ".join(timm.list_models(module="bat"))
     if not isinstance(name, str) or not timm.is_model(name):
-        raise InputError(f"unknown model '{name}'; choose from {own}")
+        own = ", ".join(timm.list_models(module="bat"))
+        raise InputError(f"unknown model '{name}'; choose one of timm's plain ViTs, or {own}")
     with refusing(f"cannot build {name}"):
         if not {"device", "dtype"}.isdisjoint(model_args):
             raise InputError(f"cannot build {name}: device and dtype are the run's to choose")
         if model_args.get("depth", 0) > MOST_BLOCKS:  # would be built for hours
             raise InputError(f"cannot build {name}: depth is above {MOST_BLOCKS}")
-        model = timm.create_model(**model_args)
+        reduction = {key: model_args[key] for key in REDUCTION_KEYWORDS if key in model_args}
+        model = timm.create_model(**{k: v for k, v in model_args.items() if k not in reduction})
     if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
         size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
         raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
-    if reducing and not isinstance(model, ReducingTransformer):
-        raise InputError(
-            f"'{name}' does not reduce tokens; choose from {own} "
-            "(with --reduction none they are plain DeiT)"
-        )
+    if reducing:
+        with refusing(f"{name} cannot reduce"):
+            make_reducing(model, **reduction, check=not name.startswith("bat_"))
+        # What is odd shows in a forward pass.
+        with refusing(f"{name} cannot classify an image with these keywords"), torch.no_grad():
+            meta = copy.deepcopy(model).to("meta").eval()
+            logits = meta(torch.empty(1, 3, *meta.patch_embed.img_size, device="meta"))
+            if logits.shape[1:] != (model.num_classes or model.num_features,):
+                raise ValueError(f"its output is {tuple(logits.shape)}")
     return model
 
 
@@ -375,6 +416,8 @@ def model_from_checkpoint(
     weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
     if "head.bias" in weights:
         model_args.setdefault("num_classes", len(weights["head.bias"]))
+    if checkpoint:
+        model_args.pop("pretrained", None)
     model = build_model(model_args, reducing=reducing)
     if checkpoint:
         grid = _patch_grid(stored.get("img_size"), weights)
@@ -502,11 +545,12 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
             stored = checkpoint["args"]
             _check_schedule(stored, args, source)
             before = (stored["batch_size"], checkpoint["world_size"], stored["accum_steps"])
+            before = tuple(map(_whole, before))
         else:
             before, stored = now, vars(args)
             checkpoint = _as_own_state(state, checkpoint, source, args)
         _load_state(state, checkpoint, stored["epochs"])
-        images = state.step * _whole(before[0]) * _whole(before[1])  # of the epoch that are done
+        images = state.step * before[0] * before[1]  # of the epoch that are done
         state.step = images // (now[0] * now[1]) // args.accum_steps * args.accum_steps
     except InputError:
         raise
@@ -518,7 +562,6 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
         ) from e
     if state.ema is not None and checkpoint.get("model_ema") is not None:
         fit_weights(state.ema.module, model_weights(checkpoint, ema=True), source)
-    set_keep_rate(state, state.model.keep_rates)
     logger.info(f"resumed {source} at epoch {state.epoch}, step {state.step}")
     if not is_own:
         average = "" if checkpoint.get("model_ema") is None else ", moving average"
@@ -537,14 +580,19 @@ def restore(state: TrainState, checkpoint: Mapping, source: str, args: argparse.
 def _whole(value: object) -> int:
     """The value, if it is an integer that can count something; ValueError otherwise."""
     if type(value) is not int or not 0 <= value < 2**48:
-        raise ValueError(f"{value!r:.40} counts nothing")
+        raise ValueError(f"{value!r:.40} is not a count")
     return value
 
 
 def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None:
     """`TrainState.load_state_dict`, and whether training could go on from what it loads."""
     flagged = [dict(group) for group in state.optimizer.param_groups]
-    state.load_state_dict(checkpoint)
+    stored, own = checkpoint["lr_scheduler"], state.scheduler.state_dict()
+    for name in own.keys() - set(RESCALED):
+        if stored.get(name, own[name]) != own[name]:
+            raise ValueError(f"the scheduler's {name} was {stored[name]} and is {own[name]}")
+    kept = {name: stored[name] for name in RESCALED if name in stored}
+    state.load_state_dict(checkpoint | {"lr_scheduler": kept})
     for value in (state.epoch, state.step, state.updates):
         _whole(value)
     if state.epoch > last_epoch:
@@ -555,17 +603,19 @@ def _load_state(state: TrainState, checkpoint: Mapping, last_epoch: int) -> None
                 group.get(name, 0), flags.get(name, 0), rtol=1e-6, atol=0
             ):
                 raise ValueError(f"{name} was {group.get(name)} and is {flags.get(name)}")
+        group |= {name: value for name, value in flags.items() if isinstance(value, bool | None)}
     for parameter, moments in state.optimizer.state.items():
-        _whole(int(moments.get("step", 0)))
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if name in moments and moments[name].shape != parameter.shape:
+            if name in moments and moments[name].shape not in ((), parameter.shape):
                 raise ValueError(f"{name} has the shape of another parameter")
+        _whole(int(moments.get("step", 0)))
     if state.epoch > 0:
         state.scheduler.step(state.epoch - 1)  # sets what is set already
     MetricLogger().load_state_dict(state.metrics)
-    numbers = [*state.best.values(), *(group["lr"] for group in state.optimizer.param_groups)]
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"best {state.best}, learning rates {numbers[len(state.best) :]}")
+    rates = [*state.scheduler.base_values, *(g["lr"] for g in state.optimizer.param_groups)]
+    for number in [*state.best.values(), *rates]:
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"accuracy or learning rate {number!r:.40}")
 
 
 def _as_own_state(
@@ -593,7 +643,8 @@ def _as_own_state(
                 f"flags' schedule is at {live['lr']:.6g}: repeat that run's --lr, --min-lr, "
                 "--epochs, --warmup-epochs and total batch, or start another run with --finetune"
             )
-        groups.append(own | {name: theirs[name] for name in HYPERPARAMETERS if name in theirs})
+        kept = (*HYPERPARAMETERS, "step")  # Lamb counts its steps there
+        groups.append(own | {name: theirs[name] for name in kept if name in theirs})
         # A group lists its parameters in their order in the model, which may be another here.
         places = [rank[names[id(parameter)]] for parameter in live["params"]]
         for place, number in zip(sorted(places), theirs["params"], strict=True):

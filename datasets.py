@@ -183,15 +183,21 @@ def build_transform(
         return _train_transform(size, args, data_config)
     ratio = 1.0 if max(size) <= SMALL_INPUT else data_config["crop_pct"]
     normalize = transforms.Normalize(data_config["mean"], data_config["std"])
-    return transforms.Compose([*cover_and_crop(size, ratio), transforms.ToTensor(), normalize])
+    return transforms.Compose(
+        [
+            *cover_and_crop(size, ratio, data_config["interpolation"]),
+            transforms.ToTensor(),
+            normalize,
+        ]
+    )
 
 
 def _check_data_config(config: Mapping[str, object]) -> None:
     """Raises `InputError` for a crop or a normalisation that no image could have."""
     with refusing(f"images cannot be read with {dict(config)}"):
         ratio, mean, std = config["crop_pct"], *torch.tensor([config["mean"], config["std"]])
-        if not 0 < ratio <= 1:
-            raise ValueError(f"the crop ratio is {ratio}, allowed: above 0, up to 1")
+        if not 0.1 <= ratio <= 1:  # the whole image is resized to its input size / ratio
+            raise ValueError(f"the crop ratio is {ratio}, allowed: 0.1 to 1")
         if len(std) != 3 or not mean.isfinite().all() or not (std > 0).all():
             raise ValueError("mean and std must be three numbers each, std above 0")
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from arguments import (
     data_config,
     get_args_parser,
     model_arguments,
+    pretrained_config,
 )
 from checkpoints import (
     CheckpointSchedule,
@@ -41,7 +43,6 @@ from checkpoints import (
     build_model,
     load_checkpoint,
     model_from_checkpoint,
-    model_weights,
     restore,
     starting_point,
 )
@@ -66,10 +67,10 @@ from models import (
     describe_reduction,
     find_keep_rate,
 )
-from models.reduction import AssignmentError
 from samplers import EvalSampler, TrainSampler
 from utils import (
     AMP_DTYPES,
+    EXIT_NOT_WRITTEN,
     InputError,
     OutputError,
     StopRequest,
@@ -92,7 +93,6 @@ from utils import (
 )
 
 EXIT_DIVERGED = 3
-EXIT_NOT_WRITTEN = 4
 EXIT_LOST_PROCESS = 5
 EXIT_PREEMPTED = 75
 NUM_REPEATS = 3  # DeiT's repeated augmentation
@@ -102,10 +102,12 @@ REFERENCE_BATCH = 512  # the total batch that --lr is given for, as in DeiT
 # Building ---------------------------------------------------------------------------------------
 
 
-def find_start(args: argparse.Namespace, device: torch.device) -> StartingPoint:
+def find_start(
+    args: argparse.Namespace, output_dir: Path | None, device: torch.device
+) -> StartingPoint:
     """The checkpoint that all processes start from."""
     with in_turns(device):  # one process downloads what is not there
-        start = starting_point(args)
+        start = starting_point(args, output_dir)
     found = "no checkpoint"
     if start.source:
         found = f"epoch {start.checkpoint.get('epoch')}, step {start.checkpoint.get('step')}"
@@ -186,7 +188,10 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 def build_criterion(
-    args: argparse.Namespace, num_classes: int, device: torch.device
+    args: argparse.Namespace,
+    num_classes: int,
+    device: torch.device,
+    input_size: Sequence[int] = (224, 224),
 ) -> DistillationLoss | CosubLoss:
     """Cross-entropy of the kind that the targets ask for, and distillation or co-training."""
     if args.bce_loss or args.cosub:
@@ -202,15 +207,15 @@ def build_criterion(
         return CosubLoss(base_criterion)
     teacher = None
     if args.distillation_type != "none":
-        checkpoint = load_checkpoint(args.teacher_path)
-        stored = checkpoint.get("model_args") or {}
-        own = stored if stored.get("model_name") == args.teacher_model else {}
         teacher = model_from_checkpoint(
-            {"model": model_weights(checkpoint), "model_args": own},
+            load_checkpoint(args.teacher_path),
             source=f"teacher {args.teacher_path}",
             reducing=False,
-            **{"num_classes": num_classes} | own | {"model_name": args.teacher_model},
+            model_name=args.teacher_model,
+            num_classes=num_classes,
         ).to(device)
+        with refusing(f"teacher {args.teacher_path}"), torch.no_grad():
+            teacher(torch.zeros(1, 3, *input_size, device=device))
     return DistillationLoss(
         base_criterion,
         teacher,
@@ -234,6 +239,8 @@ def build_run_model(
         **model_args | {"drop_rate": args.drop, "drop_path_rate": drop_path},
     )
     apply_target_gmacs(args.target_gmacs, model, model_args)
+    if args.distillation_type != "none" and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training()  # the distillation token learns from the teacher
     if args.attn_only:  # as in DeiT
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".attn." in name or name.startswith(("head.", "pos_embed"))
@@ -289,8 +296,11 @@ def find_training_mode(args: argparse.Namespace, resumed: dict) -> bool:
     said = (args.train_mode, resumed.get("training_mode"), stored.get("train_mode"))
     default = not (stored.get("finetune") if resumed else args.finetune)
     training_mode = next((mode for mode in said if mode is not None), default)
-    if not training_mode and (args.drop or args.drop_path):
-        logger.info("--drop and --drop-path have no effect: fine-tuning without --train-mode")
+    if not training_mode and (args.drop or args.drop_path or args.cosub):
+        logger.info(
+            "--drop, --drop-path and --cosub have no effect: stochastic depth and dropout are off "
+            "without --train-mode"
+        )
     return training_mode
 
 
@@ -331,7 +341,9 @@ def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bo
     wrapped = model
     if get_world_size() > 1:
         wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-        image = torch.zeros(1, model.in_chans, *model.patch_embed.img_size, device=device)
+        image = torch.zeros(
+            1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device=device
+        )
         (0 * wrapped(image).sum()).backward()
         model.zero_grad()
     if compiled:  # after the pass above, whose one image would need a graph of its own
@@ -456,9 +468,6 @@ def train(
     folder: RunFolder | None,
 ) -> None:
     """Trains from `state.epoch` to the last epoch; after a PreemptedError a checkpoint is there."""
-    final_keep_rates = state.model.keep_rates
-    if options.keep_rate_at is not None:
-        final_keep_rates = options.keep_rate_at(args.epochs)
     model = wrap_model(state.model, device, compiled=args.compile)
     mixup = build_mixup(args, state.model.num_classes)
     if args.cosub:
@@ -466,16 +475,13 @@ def train(
     stop_requested = StopRequest()
     schedule = CheckpointSchedule(args.checkpoint_interval)
     sampler = train_loader.sampler
-    num_updates = sampler.epoch_length // (args.batch_size * args.accum_steps)
-    num_steps = num_updates * args.accum_steps
+    num_steps = sampler.epoch_length // args.batch_size // args.accum_steps * args.accum_steps
 
     def save_if_due(state: TrainState) -> None:
         if schedule.due(state.updates, device):
             save_checkpoint(state, folder, device)
 
-    validated = partial(
-        validate, args, state, val_loader, device, folder, stop_requested, final_keep_rates
-    )
+    final = options.keep_rate_at(args.epochs) if options.keep_rate_at else state.model.keep_rates
     begin = time.time()
     try:
         for epoch in range(state.epoch, args.epochs):
@@ -494,14 +500,13 @@ def train(
                 after_update=save_if_due,
                 stop_requested=stop_requested,
             )
-            seconds = time.time() - epoch_begin
             # Evaluate, at the keep rate that the epoch ends with
             if options.keep_rate_at is not None:
                 change_keep_rate(state, options.keep_rate_at(epoch + 1), compiled=args.compile)
             images = (num_steps - first_step) * args.batch_size * get_world_size()
-            entry = epoch_entry(state, result, images, seconds)
+            entry = epoch_entry(state, result, images, time.time() - epoch_begin)
             if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
-                entry |= validated()
+                entry |= validate(args, state, val_loader, device, folder, stop_requested, final)
             # Log and save
             state.scheduler.step(epoch)
             state.epoch, state.step, state.metrics = epoch + 1, 0, {}
@@ -543,6 +548,13 @@ def start_state(
 # The command line -------------------------------------------------------------------------------
 
 
+def say_no_effect(args: argparse.Namespace) -> None:
+    """Names the flags that were taken for the sake of others' commands, and why they do nothing."""
+    for reason, flags in NO_EFFECT.items():
+        if given := [flag for flag in flags.split() if flag in args.no_effect]:
+            logger.info(f"{' '.join(given)}: without effect, {reason}")
+
+
 def run(args: argparse.Namespace) -> None:
     """Builds everything, then trains or evaluates."""
     # Start
@@ -550,10 +562,9 @@ def run(args: argparse.Namespace) -> None:
     if args.deterministic:
         make_deterministic()
     device = init_process(args.device, args.dist_timeout)
-    for reason, flags in NO_EFFECT.items():
-        if given := [flag for flag in flags.split() if flag in args.no_effect]:
-            logger.info(f"{' '.join(given)}: without effect, {reason}")
-    start = find_start(args, device)
+    say_no_effect(args)
+    output_dir = check_writable(args.output_dir) if args.output_dir else None
+    start = find_start(args, output_dir, device)
     stored = dict(start.checkpoint.get("model_args") or {})
     if not start.resumes and not args.eval:  # may have other classes than its source
         stored.pop("num_classes", None)
@@ -564,10 +575,10 @@ def run(args: argparse.Namespace) -> None:
         logger.info(describe(model))
         return
     logger.info(f"device: {device}, autocast: {find_amp(args.amp, device)}")
-    output_dir = check_writable(args.output_dir) if args.output_dir else None
 
     # Data
-    config = data_config(args, model_args["img_size"], start.checkpoint.get("data_config") or {})
+    known = pretrained_config(model_args["model_name"]) | start.checkpoint.get("data_config", {})
+    config = data_config(args, model_args["img_size"], known)
     train_dataset, val_dataset = build_datasets(args, config, device)
     num_classes = len(val_dataset.classes)
     if model_args.setdefault("num_classes", num_classes) != num_classes:
@@ -578,6 +589,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Model
     model = build_run_model(args, model_args, start).to(device)
+    model_args.pop("pretrained", None)
     facts = {"gmacs": count_gmacs(model), "parameters": count_parameters(model)}
     logger.info(f"{model_args}\n{describe_reduction(model)}")
     logger.info(f"{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")
@@ -589,15 +601,15 @@ def run(args: argparse.Namespace) -> None:
 
     # Training
     train_loader = build_train_loader(args, train_dataset, device)
-    criterion = build_criterion(args, num_classes, device)
+    criterion = build_criterion(args, num_classes, device, config["input_size"])
     state = build_state(args, model, device)
     facts |= start_state(args, state, train_loader, start)
     mode = find_training_mode(args, start.checkpoint if start.resumes else {})
     options = train_options(args, model.keep_rates, device, training_mode=mode)
     folder = None
     if output_dir is not None and is_main_process():
-        settings = model.reduction_settings() | model_args  # defaults too: they may change
-        about = {"model_args": settings, "data_config": config, "training_mode": mode}
+        about = {"data_config": config, "training_mode": mode}
+        about["model_args"] = model.reduction_settings() | model_args  # defaults too
         folder = RunFolder(output_dir, args, classes=val_dataset.classes, **about)
         folder.start(state.epoch, facts, source=start.source if start.resumes else "")
     loaders = train_loader, val_loader
@@ -617,7 +629,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
         return 0
-    except (InputError, AssignmentError) as problem:
+    except ValueError as problem:
+        if not getattr(problem, "is_bad_input", False):
+            raise
         parser.error(str(problem))
     except DivergenceError as problem:
         code, message = EXIT_DIVERGED, f"stopped: {problem}"

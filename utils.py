@@ -32,11 +32,14 @@ import torchvision
 logger = logging.getLogger("bat")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_NOT_WRITTEN = 4
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class InputError(ValueError):
     """Bad input from outside: scripts turn it into one line and exit code 2."""
+
+    is_bad_input = True
 
 
 class OutputError(OSError):
@@ -48,9 +51,11 @@ def refusing(what: str) -> Iterator[None]:
     """Turns whatever fails while something is built from the user's values into an `InputError`."""
     try:
         yield
-    except (InputError, OutputError):
+    except OutputError:
         raise
     except Exception as problem:  # a library refuses odd values in every way there is
+        if getattr(problem, "is_bad_input", False):
+            raise
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"{what}: {reason:.300}") from problem
 
@@ -215,7 +220,12 @@ def run_script(
     args = parser.parse_args(argv)
     try:
         return run(args)
-    except InputError as problem:
+    except OutputError as problem:
+        logger.error(f"{parser.prog}: stopped: {problem}")
+        return EXIT_NOT_WRITTEN
+    except ValueError as problem:
+        if not getattr(problem, "is_bad_input", False):
+            raise
         parser.error(str(problem))
 
 
@@ -402,10 +412,10 @@ def read_log(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     entries = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entries.append(dict(json.loads(line)))
+        except (TypeError, ValueError):
             break
     return entries
 

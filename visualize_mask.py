@@ -33,12 +33,15 @@ from arguments import (
     add_data_arguments,
     add_model_arguments,
     data_config,
+    folder,
     model_arguments,
+    pretrained_config,
+    random_seed,
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
 from inputs.images import BadImageError, list_images, load_image
-from models import ReducingTransformer
+from models import ReducingTransformer, describe_reduction
 from models.trace import PatchKind, trace_patches
 from utils import (
     InputError,
@@ -123,11 +126,12 @@ def get_args_parser() -> ArgumentParser:
         "line, relative to the current folder; with --data-set the folder of that data set, whose "
         "validation images are drawn")
     add("--checkpoint", default="", help="checkpoint of main.py; without it: random weights")
-    add("--output-dir", default="output/pictures", help="where to write")
+    add("--output-dir", type=folder, default="output/pictures", help="where to write")
     add("--num-images", type=int, metavar="N",
         help=f"draw the first N images; default: {DEFAULT_NUM_IMAGES}, or a whole list")
     add("--shuffle", action="store_true", help="draw a random choice of the images")
-    add("--seed", type=int, default=0, help="random seed of the choice and of random weights")
+    add("--seed", type=random_seed, default=0,
+        help="random seed of the choice and of random weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     # fmt: on
     return parser
@@ -345,7 +349,8 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))
     classes = checkpoint.get("classes") or []
-    config = data_config(args, model_args["img_size"], checkpoint.get("data_config") or {})
+    known = pretrained_config(model_args["model_name"]) | checkpoint.get("data_config", {})
+    config = data_config(args, model_args["img_size"], known)
     if args.data_set:
         dataset, num_classes = build_dataset(False, args, config)
         classes = classes or dataset.classes
@@ -363,6 +368,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
 
     seed_everything(args.seed)
     model = model_from_checkpoint(checkpoint, ema=args.ema, source=args.checkpoint, **model_args)
+    logger.info(describe_reduction(model))
     rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
     origin = "/".join(Path(args.checkpoint).parts[-2:]) if checkpoint else "random weights"
     origin += " (exponential moving average)" if args.ema else ""

@@ -37,7 +37,7 @@ def gmacs_by_module(model: nn.Module) -> dict[str, float]:
     """
     # Without gradients: the counter stumbles over views of parameters, as in attention pools.
     meta = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    image = torch.empty(1, meta.in_chans, *meta.patch_embed.img_size, device="meta")
+    image = torch.empty(1, 3, *meta.patch_embed.img_size, device="meta")
     counter = FlopCounterMode(display=False, depth=2)
     # The counter knows only some of the fused attention kernels, but every matrix product.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

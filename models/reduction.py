@@ -377,6 +377,8 @@ def get_reduction(name: str) -> Reduction:
 class AssignmentError(ValueError):
     """A method of one's own gave no valid assignment."""
 
+    is_bad_input = True
+
 
 def check_assignment(method: str, assignment: Tensor, shape: torch.Size, num_groups: int) -> None:
     """Raises `AssignmentError` unless a method gave what it has to.

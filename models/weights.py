@@ -7,6 +7,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+# Keywords of timm.create_model that name the weights of a model, which a checkpoint has itself.
+WEIGHT_SOURCES = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+)  # fmt: skip
 # By convention these have 16 heads, and all others a head for 64 channels.
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
 
@@ -28,10 +32,14 @@ def shown_settings(weights: Mapping[str, Tensor]) -> dict:
     head_width = width // 16 if width in WIDTHS_OF_16_HEADS else 64
     head_width = shapes.get(f"{block}attn.q_norm.weight", (head_width,))[0]
     num_registers = shapes.get("reg_token", shapes.get("register_tokens", (1, 0)))[1]
-    # A square of patches has positions, and beside it none, some or all of the other tokens.
+    has_layer_scale = not names.isdisjoint({f"{block}ls1.gamma", f"{block}gamma_1"})
+    # A square of patches has positions, and beside it all other tokens, or all but the registers,
+    # or none: only DeiT-III (which has LayerScale) and models with registers have it so. DeiT's 25
+    # are 4 x 6 patches and the class token.
     length = shapes.get("pos_embed", (1, -1))[1]
     num_prefix = len({"cls_token", "dist_token"} & names)
-    counts = (0, num_prefix, num_prefix + num_registers)
+    counts = (0,) if has_layer_scale or num_registers else ()
+    counts += (num_prefix, num_prefix + num_registers)
     placed = next((n for n in counts if isqrt(max(0, length - n)) ** 2 == length - n), length)
     side = isqrt(max(0, length - placed))
     settings = (
@@ -41,7 +49,7 @@ def shown_settings(weights: Mapping[str, Tensor]) -> dict:
         ("patch_size", patch[0] if patch[0] == patch[1] else tuple(patch), True),
         ("img_size", (side * patch[0], side * patch[1]), side > 0),
         ("mlp_ratio", max(ratios, key=lambda r: int(width * r) == hidden), hidden != 4 * width),
-        ("init_values", 1e-5, not names.isdisjoint({f"{block}ls1.gamma", f"{block}gamma_1"})),
+        ("init_values", 1e-5, has_layer_scale),
         ("no_embed_class", True, placed == 0 or "register_tokens" in names),
         ("reg_tokens", num_registers, num_registers > 0),
         ("qkv_bias", False, f"{block}attn.qkv.bias" not in names),

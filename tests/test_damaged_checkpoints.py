@@ -1,6 +1,7 @@
 """A damaged checkpoint is refused in one line, or it gives back exactly what was stored."""
 
 import math
+import os
 import pickle
 import random
 import subprocess
@@ -377,3 +378,20 @@ def test_only_damaged_checkpoints_mean_a_fresh_start(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(WHOLE[:100])
     assert latest_checkpoint(tmp_path) is None
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_nested_settings_end_at_once(tmp_path: Path) -> None:
+    """Lists of lists that share their parts: 2**40 numbers in a few bytes."""
+    nested = [1]
+    for _ in range(40):
+        nested = [nested, nested]
+    path = tmp_path / "nested.pth"
+    torch.save({"model": {"head.bias": torch.zeros(2)}, "model_args": {"depth": nested}}, path)
+    with pytest.raises(InputError, match="its depth is no plain value"):
+        load_checkpoint(path)
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(InputError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "pipe.pth")

@@ -109,9 +109,11 @@ def test_weights_show_their_model(layout: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found(images), model(images), rtol=0, atol=1e-5)
 
 
-def test_width_without_a_convention_leaves_the_heads_open(tmp_path: Path) -> None:
+def test_what_weights_do_not_tell_is_left_open(tmp_path: Path) -> None:
     shown = load_checkpoint(save(tmp_path / "odd.pth", build_tiny()))["model_args"]
     assert "num_heads" not in shown and shown["embed_dim"] == 32
+    flat = save(tmp_path / "flat.pth", build_tiny(img_size=(32, 48)))  # 4 x 6 and 1 are 5 x 5
+    assert not {"no_embed_class", "img_size"} & load_checkpoint(flat)["model_args"].keys()
     assert load_checkpoint(save(tmp_path / "other.pth", nn.Linear(2, 2)))["model_args"] == {}
 
 
@@ -124,7 +126,7 @@ def test_width_without_a_convention_leaves_the_heads_open(tmp_path: Path) -> Non
             {"mlp_ratio": 2.66667 * 2},
             "is for a model with gated MLPs (SwiGLU)",
         ),
-        ("vit_base_patch16_siglip_224", {"num_classes": 4}, "class_token must be True"),
+        ("vit_base_patch16_siglip_224", {"num_classes": 4}, "Token pooling needs the class token"),
         ("eva02_tiny_patch14_224", {}, "is for a model with gated MLPs (SwiGLU)"),
         ("beit_base_patch16_224", {}, "is for another model"),
     ],

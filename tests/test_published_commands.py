@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, RUN_FLAGS, TINY_FLAGS, RunMain, build_tiny, read_log
@@ -260,6 +261,19 @@ def test_attn_only_trains_attention_positions_and_head(
 def test_fused_lamb_without_apex_is_lamb() -> None:
     state = main.build_state(parse(["--opt", "fusedlamb"]), build_tiny(), CPU)
     assert type(state.optimizer).__name__ == "Lamb"
+
+
+@pytest.mark.parametrize("wrong", [{"num_classes": 5}, {"img_size": 48}])
+def test_a_teacher_that_does_not_fit_is_refused(
+    wrong: dict, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", **{"num_classes": 4, "img_size": 32} | wrong)
+    path = tmp_path / "teacher.pth"
+    about = {"model_name": "deit_tiny_patch16_224", "num_classes": 4, "img_size": 32} | wrong
+    torch.save({"model": model.state_dict(), "model_args": about}, path)
+    flags = ["--distillation-type", "hard", "--teacher-model", "deit_tiny_patch16_224"]
+    flags += ["--teacher-path", str(path), "--data-path", str(data_path)]
+    assert_refused([*TINY_FLAGS[:2], *SMALL, *flags], f"teacher {path}", capsys)
 
 
 @pytest.mark.parametrize(

@@ -278,3 +278,13 @@ def test_finetuning_the_moving_average_goes_on_with_its_own_weights(
     assert resumed.returncode == 0 and "resumed" in resumed.stdout
     again = load_checkpoint(tmp_path / "checkpoint.pth")
     assert all(torch.equal(whole["model"][name], again["model"][name]) for name in whole["model"])
+
+
+def test_an_output_folder_at_home_is_found_again(
+    call_main: RunMain, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = [*trained.flags, "--epochs", "1", "--output-dir", "~/run", "--resume", "auto"]
+    assert call_main(*flags).returncode == 0
+    assert "resumed" in call_main(*flags).stdout
+    assert not (tmp_path / "run" / "previous-1").exists()

@@ -253,7 +253,7 @@ def test_teacher_is_built_from_its_checkpoint(kind: str, tmp_path: Path) -> None
     torch.save({"model": teacher.state_dict(), "model_args": stored}, path)
     flags = ["--distillation-type", kind, "--teacher-model", "vit_tiny_patch16_224"]
     args = parse([*PLAIN_FLAGS, *flags, "--teacher-path", str(path), "--smoothing", "0"])
-    criterion = build_criterion(args, 4, CPU)
+    criterion = build_criterion(args, 4, CPU, (32, 32))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = teacher(images)
@@ -262,7 +262,7 @@ def test_teacher_is_built_from_its_checkpoint(kind: str, tmp_path: Path) -> None
     bare = timm.create_model("test_byobnet", num_classes=4)
     torch.save(bare.state_dict(), path)  # weights alone, as they are often published
     args.teacher_model = "test_byobnet"
-    found = build_criterion(args, 4, CPU).teacher_model.state_dict()
+    found = build_criterion(args, 4, CPU, (32, 32)).teacher_model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in bare.state_dict().items())
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be read"):

@@ -23,7 +23,9 @@ from arguments import (
     ArgumentParser,
     add_model_arguments,
     add_switch,
+    at_least,
     model_arguments,
+    random_seed,
 )
 from checkpoints import build_model
 from models import REDUCTIONS, ReducingTransformer, count_gmacs
@@ -31,7 +33,6 @@ from models.clustering import class_token_importance
 from models.reduction import ReducedTokens
 from models.vit import ReducingBlock
 from tools import timing
-from tools.common import at_least
 from tools.timing import Call, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, check_writable, init_process, run_script
 
@@ -328,7 +329,7 @@ def get_args_parser() -> ArgumentParser:
     add("--input-size", type=_size, nargs="+", default=[(224, 224)], metavar="SIZE",
         help="image sizes, SIDE or HEIGHTxWIDTH in pixels; default: 224")
     add("--batch-size", type=at_least(1), nargs="+", default=[16], help="images at a time")
-    add("--nb-classes", type=int, help="classes of all models; default: 1000")
+    add("--nb-classes", type=at_least(1), help="classes of all models; default: 1000")
     group = parser.add_argument_group("how to run")
     add = group.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -342,7 +343,7 @@ def get_args_parser() -> ArgumentParser:
     add("--warmup", type=at_least(1), default=3, help="rounds before them")
     add("--latency-repetitions", type=at_least(0), default=50,
         help="timed rounds of single images (--what model); 0: no latency")
-    add("--seed", type=at_least(0, 2**63 - 1), default=0, help="random seed of weights and images")
+    add("--seed", type=random_seed, default=0, help="random seed of weights and images")
     add("--output-dir", default="", help="folder for the .txt, .csv and .json; empty: none")
     return parser
 # fmt: on

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
@@ -13,30 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from arguments import ArgumentParser, add_data_arguments, add_model_arguments, model_arguments
+from arguments import (
+    ArgumentParser,
+    add_data_arguments,
+    add_model_arguments,
+    at_least,
+    folder,
+    model_arguments,
+    random_seed,
+)
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
-from models import REDUCTIONS, ReducingTransformer
+from models import REDUCTIONS, ReducingTransformer, describe_reduction
 from models.reduction import ReducedTokens
 from utils import InputError, init_process, logger, seed_everything, write_atomically
-
-
-def at_least(low: int, high: int = 10**6) -> Callable[[str], int]:
-    """argparse's type for an integer from `low` up, within reason."""
-
-    def integer(text: str) -> int:  # argparse says "invalid integer value"
-        if not low <= (value := int(text)) <= high:
-            limit = f"at least {low}" if value < low else f"at most {high}"
-            raise ArgumentTypeError(f"must be {limit}, got {value}")
-        return value
-
-    return integer
-
-
-def _folder(text: str) -> Path:
-    if not text:
-        raise ArgumentTypeError("must name a folder, got ''")
-    return Path(os.path.expanduser(text))
 
 
 def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentParser:
@@ -47,11 +37,11 @@ def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentPars
     add_model_arguments(parser)
     add = parser.add_argument_group("run").add_argument
     add("--checkpoint", default="", help="of main.py; without it: random weights")
-    add("--output-dir", type=_folder, default=f"output/{name}", help="where to write")
+    add("--output-dir", type=folder, default=f"output/{name}", help="where to write")
     add("--batch-size", type=at_least(1), default=batch_size, help="images at a time")
     add("--num-workers", type=at_least(0), default=2, help="data loader worker processes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--seed", type=at_least(0, 2**63 - 1), default=0, help="random seed")
+    add("--seed", type=random_seed, default=0, help="random seed")
     return parser
 
 
@@ -86,6 +76,7 @@ def load_model(args: Namespace, path: str, device: torch.device) -> ReducingTran
     seed_everything(args.seed)
     keywords = model_arguments(args, checkpoint.get("model_args"))
     model = model_from_checkpoint(checkpoint, ema=args.ema, source=path, **keywords)
+    logger.info(describe_reduction(model))
     return model.to(device)
 
 

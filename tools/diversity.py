@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from arguments import ArgumentParser, data_config
+from arguments import ArgumentParser, at_least, data_config
 from datasets import build_dataset
 from models import ReducingTransformer
 from models.reduction import ReducedTokens
@@ -198,7 +198,7 @@ def plot_diversity(table: pd.DataFrame) -> Figure:
 
 def get_args_parser() -> ArgumentParser:
     parser, add = common.comparison_parser("diversity", HELP, batch_size=16)
-    add("--num-images", type=common.at_least(1), default=64, metavar="N",
+    add("--num-images", type=at_least(1), default=64, metavar="N",
         help="images to measure, spread evenly over the validation images")  # fmt: skip
     return parser
 

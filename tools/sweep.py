@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from arguments import AMP_CHOICES, ArgumentParser, data_config
+from arguments import AMP_CHOICES, ArgumentParser, at_least, data_config
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
@@ -405,7 +405,7 @@ def get_args_parser() -> ArgumentParser:
         help="print one pair and add it to comparisons.csv, such as bat@0.5 evit@0.7; with several "
         "checkpoints best:bat@0.5; may be given again")
     add("--amp", choices=AMP_CHOICES, default="off", help="autocast type; auto: the GPU's best")
-    add("--save-every", type=common.at_least(1), default=20, metavar="N",
+    add("--save-every", type=at_least(1), default=20, metavar="N",
         help="batches between two writings of predictions.npz")
     # fmt: on
     add("--restart", action="store_true", help="replace an earlier sweep")

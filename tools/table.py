@@ -8,8 +8,8 @@ of the difference over the images. The table goes to standard output as Markdown
 writes table.md, table.csv, accuracy.png and accuracy.pdf.
 """
 
-import inspect
 import json
+import os
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.stats import sem
 
 from arguments import ArgumentParser
-from models import ReducingTransformer
+from checkpoints import FIRST_REDUCTION
 from tools.figures import plot_accuracy, save_figure
 from utils import InputError, check_writable, read_log, run_script
 
@@ -31,11 +31,8 @@ INCIDENTAL = (
     "seed", "output_dir", "resume", "device", "num_workers", "pin_mem", "print_freq",
     "image_cache", "checkpoint_interval", "keep_checkpoints", "dist_timeout",
 )  # fmt: skip
-# Settings of the model and their defaults, which args.json may leave out.
-DEFAULTS = {
-    name: inspect.signature(ReducingTransformer).parameters[name].default
-    for name in ("reduction", "cluster_ratio", "match_ratio", "merge_weights")
-}
+# Settings of the model, which the args.json of old runs may leave out.
+SETTINGS = ("reduction", "cluster_ratio", "match_ratio", "merge_weights")
 FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f"}
 FORMATS |= {"difference": "+.2f", "standard_error": ".2f"}
 
@@ -51,7 +48,7 @@ class FinishedRun(NamedTuple):
 
 def read_run(folder: Path) -> FinishedRun:
     """Reads a run's folder; `InputError` unless it is whole and has an evaluated epoch."""
-    if not (folder / "log.txt").is_file():
+    if not os.path.isfile(folder / "log.txt"):
         raise InputError(f"{folder} is not the folder of a run: it has no log.txt")
     evaluated = [entry for entry in read_log(folder / "log.txt") if "test_acc1" in entry]
     if not evaluated:
@@ -59,7 +56,8 @@ def read_run(folder: Path) -> FinishedRun:
     last, path = evaluated[-1], folder / "correct.npy"
     try:
         about = json.loads((folder / "args.json").read_text())
-        about["model_args"] = DEFAULTS | about["model_args"]
+        about["model_args"] = FIRST_REDUCTION | about["model_args"]
+        about["classes"] = list(about["classes"])
         correct = np.load(path) if path.is_file() else None
     except (KeyError, OSError, TypeError, ValueError) as problem:
         raise InputError(f"{folder} cannot be read: {problem!r}") from problem
@@ -108,10 +106,10 @@ def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> d
         difference, standard_error = paired_difference(correct, correct_baseline)
     rates = [f"{rate:g}" for rate in last["keep_rate"]] or ["1"]
     reduction = about["model_args"]["reduction"]
-    shown = DEFAULTS if reduction == "bat" else ("reduction",)  # the others are BAT's alone
+    shown = SETTINGS if reduction == "bat" else ("reduction",)  # the others are BAT's alone
     return {
         "run": runs[0].folder.name,
-        **{name: about["model_args"][name] if name in shown else None for name in DEFAULTS},
+        **{name: about["model_args"][name] if name in shown else None for name in SETTINGS},
         "keep_rate": " ".join(rates if len(set(rates)) > 1 else rates[:1]),
         "gmacs": about["gmacs"],
         "acc1": float(np.mean(acc1)),

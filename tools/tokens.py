@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from arguments import ArgumentParser, add_image_arguments, data_config
+from arguments import ArgumentParser, add_image_arguments, at_least, data_config
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import ReducingTransformer
@@ -165,7 +165,7 @@ def get_args_parser() -> ArgumentParser:
     add_image_arguments(add)
     add("--bad-images", choices=("error", "skip"), default="skip",
         help="an unreadable image ends the run, or is left out and named")
-    add("--num-images", type=common.at_least(1), metavar="N",
+    add("--num-images", type=at_least(1), metavar="N",
         help="follow the first N images; default: all")
     # fmt: on
     return parser
