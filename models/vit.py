@@ -621,6 +621,12 @@ def timm_class(module: nn.Module) -> type[nn.Module]:
     return TIMM_CLASSES.get(type(module), type(module))
 
 
+def restore_timm(model: nn.Module) -> None:
+    """Gives a reducing model and its blocks their timm classes back; others stay as they are."""
+    for module in (model, *model.blocks):
+        module.__class__ = timm_class(module)
+
+
 def check_convertible(model: nn.Module) -> None:
     """ValueError naming what of the model cannot be made reducing."""
     kind = timm_class(model).__name__
@@ -674,11 +680,9 @@ def convert(model: nn.Module, keep_rates: dict[int, float], settings: dict, *, c
         settings: what the model and all its reducing blocks hold.
         check: as in `make_reducing`.
     """
-    modules = (model, *model.blocks)
-    saved = [(module, type(module), dict(vars(module))) for module in modules]
+    saved = [(module, type(module), dict(vars(module))) for module in (model, *model.blocks)]
     try:
-        for module in modules:
-            module.__class__ = timm_class(module)
+        restore_timm(model)
         before = run_one_image(model) if check else None
         own = settings | {"num_prefix_tokens": model.num_prefix_tokens}
         for stage, (index, keep_rate) in enumerate(keep_rates.items()):
