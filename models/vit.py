@@ -30,7 +30,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .clustering import attention_received, class_token_importance, gather_tokens
+from .clustering import attention_received, class_token_importance
 from .reduction import (
     MERGE_WEIGHTS,
     ReducedTokens,
@@ -500,15 +500,15 @@ def rotate_as_heaviest(
     """
     if rope is None:
         return None
-    num_groups = reduced.sizes.shape[1]
-    member = heaviest_members(reduced.assignment, reduced.weights, num_groups)  # (B, K)
-    batch, length, embed = len(member), rope.shape[-2], rope.shape[-1]
-    if not is_mixed:
-        rope = rope if rope.ndim == 4 else rope.expand(batch, 1, length, embed)
-        return gather_tokens(rope[:, 0], member).unsqueeze(1)
-    rope = rope if rope.ndim == 5 else rope.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-    index = member.view(1, batch, 1, num_groups, 1).expand(*rope.shape[:3], -1, embed)
-    return rope.gather(3, index)
+    member = heaviest_members(reduced.assignment, reduced.weights, reduced.sizes.shape[1])  # (B, K)
+    batch, num_groups = member.shape
+    if is_mixed:
+        rope = (rope if rope.ndim == 5 else rope.unsqueeze(1)).expand(-1, batch, -1, -1, -1)
+        index = member.view(1, batch, 1, num_groups, 1)
+    else:
+        rope = (rope if rope.ndim == 4 else rope[None, None]).expand(batch, -1, -1, -1)
+        index = member.view(batch, 1, num_groups, 1)
+    return rope.gather(-2, index.expand(*rope.shape[:-2], num_groups, rope.shape[-1]))
 
 
 class ReducingVisionTransformer(ReducingTransformer, VisionTransformer):
@@ -621,6 +621,12 @@ def timm_class(module: nn.Module) -> type[nn.Module]:
     return TIMM_CLASSES.get(type(module), type(module))
 
 
+def restore_timm(model: nn.Module) -> None:
+    """Gives a reducing model and its blocks their timm classes back; others stay as they are."""
+    for module in (model, *model.blocks):
+        module.__class__ = timm_class(module)
+
+
 def check_convertible(model: nn.Module) -> None:
     """ValueError naming what of the model cannot be made reducing."""
     kind = timm_class(model).__name__
@@ -674,11 +680,9 @@ def convert(model: nn.Module, keep_rates: dict[int, float], settings: dict, *, c
         settings: what the model and all its reducing blocks hold.
         check: as in `make_reducing`.
     """
-    modules = (model, *model.blocks)
-    saved = [(module, type(module), dict(vars(module))) for module in modules]
+    saved = [(module, type(module), dict(vars(module))) for module in (model, *model.blocks)]
     try:
-        for module in modules:
-            module.__class__ = timm_class(module)
+        restore_timm(model)
         before = run_one_image(model) if check else None
         own = settings | {"num_prefix_tokens": model.num_prefix_tokens}
         for stage, (index, keep_rate) in enumerate(keep_rates.items()):
@@ -706,7 +710,8 @@ def run_one_image(model: nn.Module) -> tuple[Tensor, Tensor] | None:
     if weight.is_meta:
         return None
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, weight.shape[1], *model.patch_embed.img_size, generator=generator)
+    shape = (1, weight.shape[1], *model.patch_embed.img_size)
+    image = torch.randn(shape, generator=generator, device="cpu")
     modes = [(module, module.training) for module in model.modules()]
     try:
         tokens = model.eval().forward_features(image.to(weight))

@@ -96,18 +96,21 @@ def test_copies_compute_the_same_and_are_independent(family: str, way: str) -> N
     assert torch.equal(model(images), expected)
 
 
-@pytest.mark.parametrize("family", ["deit", *DISTINCT])
+@pytest.mark.parametrize("family", ["deit", "eva02", *DISTINCT])
 def test_compiles_without_a_graph_break(family: str) -> None:
     torch._dynamo.reset()
     model = make_reducing(build(family, depth=2), 0.5, reduction_loc=(0,))
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model.forward_with_assignments, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        outputs, assignments = compiled(images)
-        expected, expected_assignments = model.forward_with_assignments(images)
-    assert counter.frame_count == 1
-    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5)
-    assert torch.equal(assignments[0], expected_assignments[0])
+    for batch_size in (2, 5, 3):
+        batch = draw_batch(batch_size, 3, *IMG_SIZE)
+        torch._dynamo.mark_dynamic(batch, 0)  # an error where the batch size becomes a constant
+        with torch.no_grad():
+            outputs, assignments = compiled(batch)
+            expected, expected_assignments = model.forward_with_assignments(batch)
+        assert counter.frame_count == 1
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5)
+        assert torch.equal(assignments[0], expected_assignments[0])
 
 
 @every_family
