@@ -170,7 +170,6 @@ def test_dense_model_is_timms_with_fused_attention() -> None:
         (["--threads", "0"], "must be at least 1, got 0"),
         (["--ema"], "--ema needs a checkpoint"),
         (["--input-size", "32x"], "'32x' is neither SIDE nor HEIGHTxWIDTH"),
-        (["--model", "deit_tiny_patch16_224"], "deit_tiny_patch16_224"),
         (["--model-kwargs", "depth"], "takes KEY=VALUE pairs, got 'depth'"),
         (["--model-kwargs", "keep_rate=0.5"], "keep_rate: use --keep-rate"),
         (["--model-kwargs", "no_such=1"], "cannot build"),
