@@ -23,6 +23,7 @@ from scipy.stats import sem
 
 from arguments import ArgumentParser
 from checkpoints import FIRST_REDUCTION
+from tools.common import write_table
 from tools.figures import plot_accuracy, save_figure
 from utils import InputError, check_writable, read_log, run_script
 
@@ -170,7 +171,7 @@ def run(args: Namespace) -> int:
     if args.output_dir:
         folder = check_writable(args.output_dir)
         (folder / "table.md").write_text(text)
-        table.to_csv(folder / "table.csv", index=False)
+        write_table(table, folder / "table.csv")  # pandas takes some folders for addresses
         margin = 1.96 * table.standard_error
         rows = table.assign(
             acc1_low=table.acc1 - margin,
