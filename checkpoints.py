@@ -4,7 +4,6 @@ import argparse
 import copy
 import datetime
 import json
-import logging
 import math
 import os
 import pickle
@@ -14,8 +13,8 @@ import textwrap
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -25,7 +24,6 @@ import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import is_model_in_modules
 from timm.models._hub import (
     download_cached_file,
     download_from_hf,
@@ -68,7 +66,6 @@ SCHEDULE_FLAGS = (
     "lr_noise", "lr_noise_pct", "lr_noise_std", "epochs",
 )  # fmt: skip
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
-PLAIN_MODULES = ("vision_transformer", "deit", "eva", "bat")
 MOST_BLOCKS = 1000
 HUB_INPUTS = ("crop_pct", "mean", "std", "interpolation")
 MOST_PIXELS = 2**13  # a side
@@ -349,17 +346,6 @@ def _is_plain(tensor: Tensor) -> bool:
     return is_dense and not tensor.is_complex() and not tensor.is_quantized
 
 
-@contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Keeps the retries of the Hugging Face hub, of which each is a line, to itself."""
-    hub = logging.getLogger("huggingface_hub")
-    level, hub.level = hub.level, logging.CRITICAL
-    try:
-        yield
-    finally:
-        hub.level = level
-
-
 def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
     """The model of timm with these keywords, and (`reducing`) those of `make_reducing`.
 
@@ -370,22 +356,13 @@ def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
     if not isinstance(name, str) or not timm.is_model(name):
         own = ", ".join(timm.list_models(module="bat"))
         raise InputError(f"unknown model '{name}'; choose one of timm's plain ViTs, or {own}")
-    what = f"cannot build {name}"
-    if reducing and not is_model_in_modules(name, PLAIN_MODULES):
-        what += f", which is no plain ViT of timm's modules {', '.join(PLAIN_MODULES)}"
-    with refusing(what):
+    with refusing(f"cannot build {name}"):
         if not {"device", "dtype"}.isdisjoint(model_args):
             raise InputError(f"cannot build {name}: device and dtype are the run's to choose")
         if model_args.get("depth", 0) > MOST_BLOCKS:  # would be built for hours
             raise InputError(f"cannot build {name}: depth is above {MOST_BLOCKS}")
         reduction = {key: model_args[key] for key in REDUCTION_KEYWORDS if key in model_args}
-        rest = {key: value for key, value in model_args.items() if key not in reduction}
-        if rest.pop("pretrained", False):
-            advice = f"timm's weights of {name} are not here: without a network, --finetune FILE"
-            with refusing(f"{advice} takes them from a file"), quiet_hub():
-                model = timm.create_model(pretrained=True, **rest)
-        else:
-            model = timm.create_model(**rest)
+        model = timm.create_model(**{k: v for k, v in model_args.items() if k not in reduction})
     if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
         size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
         raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")

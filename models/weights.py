@@ -1,6 +1,6 @@
 """What the weights of a plain Vision Transformer show: its settings, and timm's names for them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import isqrt
 
 import torch
@@ -24,7 +24,7 @@ def shown_settings(weights: Mapping[str, Tensor]) -> dict:
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     names, block = shapes.keys(), "blocks.0."
     kernel = shapes.get("patch_embed.proj.weight", ())
-    if len(kernel) != 4 or f"{block}attn.qkv.weight" not in names or is_rotary(names):
+    if len(kernel) != 4 or f"{block}attn.qkv.weight" not in names:
         return {}
     width, in_chans, *patch = kernel
     hidden = shapes.get(f"{block}mlp.fc1.weight", (4 * width,))[0]
@@ -64,17 +64,6 @@ def shown_settings(weights: Mapping[str, Tensor]) -> dict:
         ("num_classes", shapes.get("head.bias", (0,))[0], "head.bias" in names),
     )
     return {name: value for name, value, is_shown in settings if is_shown}
-
-
-def is_rotary(names: Collection[str]) -> bool:
-    """Whether parameter names are those of timm's Eva, which has settings of its own.
-
-    Its LayerScale is called gamma_1 as facebook's is in DeiT-III, where positions are learned and
-    no normalisation stands before the blocks.
-    """
-    own = {"blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "rope.freqs"}
-    is_facebooks = "pos_embed" in names and "norm_pre.weight" not in names
-    return not own.isdisjoint(names) or ("blocks.0.gamma_1" in names and not is_facebooks)
 
 
 def inherited_settings(stored: Mapping, model_name: str | None) -> dict:
