@@ -402,6 +402,8 @@ def reduction_method(text: str) -> str:
         sys.path.insert(0, os.getcwd())
         try:
             method = getattr(importlib.import_module(module), function)
+            if not isinstance(method, Reduction | Callable):
+                raise TypeError(f"it is a {type(method).__name__}")
         except Exception as problem:
             reason = f"{type(problem).__name__}: {problem}"
             raise argparse.ArgumentTypeError(f"cannot import {text}: {reason}") from problem
@@ -487,7 +489,10 @@ def pretrained_config(model_name: str) -> dict:
         "std": IMAGENET_DEFAULT_STD,
         "interpolation": "bicubic",
     }
-    known = timm.get_pretrained_cfg(model_name)
+    try:
+        known = timm.get_pretrained_cfg(model_name)
+    except Exception:  # no name, or no tag of it: building the model says so
+        known = None
     if known is None:
         return config
     return {name: getattr(known, name) for name in config} | {"input_size": known.input_size[1:]}

@@ -24,6 +24,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import eva
 from timm.models._hub import (
     download_cached_file,
     download_from_hf,
@@ -31,13 +32,14 @@ from timm.models._hub import (
     load_state_dict_from_hf,
     load_state_dict_from_path,
 )
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import TrainState
-from models import make_reducing
-from models.vit import REDUCTION_KEYWORDS
+from models import REDUCTIONS, make_reducing
+from models.vit import REDUCTION_KEYWORDS, check_convertible
 from models.weights import (
     WEIGHT_SOURCES,
     inherited_settings,
@@ -147,8 +149,9 @@ def _read_hub(source: str) -> dict:
     """
     if source.startswith("hf-hub:"):
         name = source.removeprefix("hf-hub:")
-        config = load_cfg_from_json(download_from_hf(name, "config.json"))
-        weights = load_state_dict_from_hf(name, weights_only=True)
+        with refusing("neither the hub nor its cache gives it (a file or folder can be given too)"):
+            config = load_cfg_from_json(download_from_hf(name, "config.json"))
+            weights = load_state_dict_from_hf(name, weights_only=True)
     else:
         config = load_cfg_from_json(Path(source, "config.json"))
         weights = load_state_dict_from_path(source)
@@ -356,13 +359,27 @@ def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
     if not isinstance(name, str) or not timm.is_model(name):
         own = ", ".join(timm.list_models(module="bat"))
         raise InputError(f"unknown model '{name}'; choose one of timm's plain ViTs, or {own}")
-    with refusing(f"cannot build {name}"):
+    own_method = str(model_args.get("reduction"))
+    if ":" in own_method and own_method not in REDUCTIONS:  # no file has code imported
+        raise InputError(f"the method is code of one's own: give --reduction {own_method}")
+    what = f"cannot build {name}"
+    if model_args.get("pretrained"):
+        known = timm.get_pretrained_cfg(name)
+        place = known.hf_hub_id or known.url or "nowhere"
+        what += f" with timm's weights (from {place}; --finetune FILE takes them from a file)"
+    with refusing(what):
         if not {"device", "dtype"}.isdisjoint(model_args):
             raise InputError(f"cannot build {name}: device and dtype are the run's to choose")
         if model_args.get("depth", 0) > MOST_BLOCKS:  # would be built for hours
             raise InputError(f"cannot build {name}: depth is above {MOST_BLOCKS}")
         reduction = {key: model_args[key] for key in REDUCTION_KEYWORDS if key in model_args}
-        model = timm.create_model(**{k: v for k, v in model_args.items() if k not in reduction})
+        keywords = {key: value for key, value in model_args.items() if key not in reduction}
+        try:
+            model = timm.create_model(**keywords)
+        except TypeError:  # the kind of the model may be why it does not take a keyword
+            if reducing:
+                check_convertible(timm.create_model(name))
+            raise
     if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
         size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
         raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
@@ -457,7 +474,7 @@ def fit_weights(
         InputError: the weights are for another architecture; the message names what differs.
     """
     own = model.state_dict()
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         with suppress(Exception):  # what cannot be resampled is named below with all that differs
             weights = _fit_positions(model, dict(weights), old_grid, drop_distillation=new_head)
     missing = [name for name in own if name not in weights]
@@ -491,7 +508,7 @@ def fit_weights(
 
 
 def _fit_positions(
-    model: VisionTransformer,
+    model: VisionTransformer | Eva,
     weights: dict[str, Tensor],
     old_grid: tuple[int, int] | None,
     *,
@@ -501,7 +518,11 @@ def _fit_positions(
     embedding = weights.pop("pos_embed", None)
     if drop_distillation and "dist_token" in weights and not hasattr(model, "dist_token"):
         embedding = torch.cat([embedding[:, :1], embedding[:, 2:]], dim=1)  # class token, patches
-    weights = checkpoint_filter_fn(weights, model)
+    if isinstance(model, Eva):  # where facebook's names of LayerScale are timm's own
+        weights = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", n): v for n, v in weights.items()}
+        weights = eva.checkpoint_filter_fn(weights, model)
+    else:
+        weights = checkpoint_filter_fn(weights, model)
     if embedding is None:
         return weights
     new_grid, is_fit = model.patch_embed.grid_size, embedding.shape == model.pos_embed.shape

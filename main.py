@@ -244,7 +244,7 @@ def build_run_model(
         model.set_distilled_training()  # the distillation token learns from the teacher
     if args.attn_only:  # as in DeiT
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = ".attn." in name or name.startswith(("head.", "pos_embed"))
+            parameter.requires_grad = ".attn." in name or name.startswith(("head", "pos_embed"))
     return model
 
 
@@ -571,7 +571,7 @@ def run(args: argparse.Namespace) -> None:
         stored.pop("num_classes", None)
     model_args = model_arguments(args, stored)
     if args.describe:
-        model = build_model(model_args)
+        model = build_model(model_args | {"pretrained": False})
         apply_target_gmacs(args.target_gmacs, model, model_args)
         logger.info(describe(model))
         return
