@@ -1,4 +1,4 @@
-"""The command line with any plain ViT of timm: training, every tool, and where weights come from."""
+"""The command line with any plain ViT of timm: training, tools, where weights come from."""
 
 import json
 import os
@@ -349,7 +349,7 @@ def test_each_head_learns_from_its_own_source(kind: str, trained: Run) -> None:
     assert isinstance(criterion, DistillationLoss)
     targets = torch.tensor([1, 3])
     loss = criterion(images, model(images), targets)
-    x, sizes, *_ = model.run_blocks(images)
+    x, *_ = model.run_blocks(images)
     x = model.norm(x)
     own, distilled = model.head(x[:, 0]), model.head_dist(x[:, 1])
     if kind == "none":
