@@ -30,6 +30,7 @@ from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
 from models import ReducingTransformer, count_gmacs
+from models.vit import REDUCTION_KEYWORDS
 from tools import common
 from tools.figures import plot_accuracy, save_figure
 from utils import (
@@ -201,7 +202,7 @@ def sweep_settings(
     }
     for path, (label, model) in zip(args.checkpoint, models.items(), strict=True):
         settings |= {f"{label}.path": path, f"{label}.weights": digest_weights(model)}
-        for name in ("reduction_loc", "cluster_ratio", "match_ratio", "merge_weights"):
+        for name in REDUCTION_KEYWORDS[2:]:  # all but what a configuration is
             settings[f"{label}.{name}"] = getattr(model, name)
     return json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
