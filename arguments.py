@@ -4,18 +4,21 @@ Names and defaults are DeiT's and EViT's. Dashes and underscores are both accept
 """
 
 import argparse
+import importlib
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
-from models.reduction import MERGE_WEIGHTS
+from models.reduction import MERGE_WEIGHTS, Reduction
+from models.vit import IMPORTANCES, REDUCTION_KEYWORDS
 from models.weights import WEIGHT_SOURCES, inherited_settings
 
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
@@ -24,17 +27,10 @@ DATA_SETS = ("IMNET", "CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19", "DEMO")
 DEFAULT_CROP = 0.875
 DEFAULT_DROP_PATH = 0.1
 AMP_CHOICES = ("auto", "off", "fp16", "bf16")
-REDUCTION_FLAGS = (
-    "keep_rate",
-    "reduction",
-    "reduction_loc",
-    "cluster_ratio",
-    "match_ratio",
-    "merge_weights",
-)
 # Keywords of the model that have a flag, or another way, and so cannot be given in --model-kwargs.
 KEYWORD_FLAGS = {
     **dict.fromkeys(WEIGHT_SOURCES, "--finetune"),
+    "pretrained": "--pretrained",
     "features_only": "forward_with_assignments in Python",
     "out_indices": "forward_with_assignments in Python",
     "in_chans": "images of three channels",
@@ -44,6 +40,7 @@ KEYWORD_FLAGS = {
     "drop_rate": "--drop",
     "drop_path_rate": "--drop-path",
 }
+REDUCTION_FLAGS = tuple(name for name in REDUCTION_KEYWORDS if name != "reduction_seed")
 KEYWORD_FLAGS |= {name: f"--{name.replace('_', '-')}" for name in REDUCTION_FLAGS}
 # Flags of DeiT's and EViT's parsers that change nothing here, and why.
 NO_EFFECT = {
@@ -67,6 +64,7 @@ RANGES = {
     (1, 10**6): "epochs keep_checkpoints",
     (0, math.inf): "lr min_lr warmup_lr lr_noise_pct weight_decay mixup cutmix num_workers",
     (0, 10**6): "start_epoch warmup_epochs cooldown_epochs shrink_epochs shrink_start_epoch",
+    (1e-3, 1): "layer_decay",
     (0, 1): "mixup_prob mixup_switch_prob model_ema_decay distillation_alpha reprob",
     (1, 1000): "recount",
     (0, 100): "color_jitter",
@@ -201,10 +199,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose a model; None means the checkpoint's value, or the default."""
     add = parser.add_argument_group("model").add_argument
     add("--model", help=f"name registered with timm; default: the checkpoint's, or {DEFAULT_MODEL}")
+    add("--pretrained", action="store_true",
+        help="start from timm's weights of --model, where no checkpoint is given")
     add("--model-kwargs", nargs="*", default={}, action=_KeyValues, metavar="KEY=VALUE",
         help="more keywords of the model, e.g. embed_dim=192 depth=6 patch_size=4")
     add("--input-size", type=int, nargs="+", metavar="PIXELS", action=_Size,
-        help="side of the square input, or height and width; default: the checkpoint's, or 224")
+        help="side of the square input, or height and width; default: the checkpoint's, or that of "
+        "timm's weights of --model")
     add("--nb-classes", type=at_least(1), help="classes; default: those of the data set")
     add("--ema", action="store_true",
         help="take the checkpoint's exponential moving average of the weights")
@@ -212,9 +213,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-rate", "--base-keep-rate", type=finite, nargs="+", metavar="RATE",
         help="share of the tokens that leave a reducing block, in (0, 1]: one value, or one per "
         "block; default: the checkpoint's, or 0.7")
-    add("--reduction", choices=tuple(REDUCTIONS), help="method; default: the checkpoint's, or bat")
+    add("--reduction", type=reduction_method, metavar="METHOD",
+        help=f"{', '.join(REDUCTIONS)}, or my_module:my_method, which is imported; default: the "
+        "checkpoint's, or bat")
     add("--reduction-loc", "--drop-loc", nargs="*", metavar="BLOCK", action=_Blocks,
-        help="indices of the reducing blocks, from 0; default: the checkpoint's, or 3 6 9")
+        help="indices of the reducing blocks, from 0; default: the checkpoint's, or those after a "
+        "quarter, half and three quarters of the depth")
     add("--cluster-ratio", type=finite,
         help="share of the kept tokens spent on clusters, in [0, 1]; 0 drops the inattentive "
         "tokens; default: the checkpoint's, or 0.4")
@@ -223,6 +227,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint's, or 0.1")
     add("--merge-weights", choices=MERGE_WEIGHTS,
         help="weights inside a merged token; default: the checkpoint's, or importance")
+    add("--importance", choices=IMPORTANCES,
+        help="of a token: the class token's attention to it, or what it receives from all tokens; "
+        "default: the checkpoint's, or class where there is a class token")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +255,10 @@ def add_image_arguments(add: Callable) -> None:
         f"{DEFAULT_CROP}")
     for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         add(f"--{name}", type=finite, nargs=3, metavar=("R", "G", "B"),
-            help=f"{name} of the images, in 0 to 1; default: the checkpoint's, or {values}")
+            help=f"{name} of the images, in 0 to 1; default: the checkpoint's, or that of timm's "
+            f"weights of --model, as {values}")
+    add("--interpolation", choices=("bilinear", "bicubic"),
+        help="of the evaluation; default: the checkpoint's, or that of timm's weights")
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +310,8 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--opt-betas", type=finite, nargs="+", help="betas; default: the optimizer's")
     add("--momentum", type=finite, default=0.9, help="SGD momentum")
     add("--weight-decay", type=finite, default=0.05, help="weight decay")
+    add("--layer-decay", type=finite,
+        help="factor on the learning rate from each block to the one before it, in (0, 1]")
     add("--clip-grad", type=finite, help="largest gradient norm; default: no limit")
     add("--accum-steps", "--grad-accum-steps", type=int, default=1,
         help="gradient accumulation steps")
@@ -383,6 +395,27 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
+def reduction_method(text: str) -> str:
+    """The name of a method; my_module:my_method is imported and registered under that name."""
+    module, colon, function = text.partition(":")
+    if colon and text not in REDUCTIONS:
+        sys.path.insert(0, os.getcwd())
+        try:
+            method = getattr(importlib.import_module(module), function)
+            if not isinstance(method, Reduction | Callable):
+                raise TypeError(f"it is a {type(method).__name__}")
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {problem}"
+            raise argparse.ArgumentTypeError(f"cannot import {text}: {reason}") from problem
+        finally:
+            sys.path.remove(os.getcwd())
+        REDUCTIONS[text] = method if isinstance(method, Reduction) else Reduction(method)
+    if text not in REDUCTIONS:
+        choices = ", ".join(REDUCTIONS)
+        raise argparse.ArgumentTypeError(f"unknown method '{text}'; choose from {choices}")
+    return text
+
+
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="main.py", description="Train and evaluate token-reducing Vision Transformers."
@@ -440,33 +473,50 @@ def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> 
     flags = {"model_name": args.model, "img_size": args.input_size, "num_classes": args.nb_classes}
     flags |= {name: getattr(args, name) for name in REDUCTION_FLAGS}
     given = {name: _plain(value) for name, value in flags.items() if value is not None}
-    defaults = {"model_name": DEFAULT_MODEL, "img_size": DEFAULT_SIZE}
+    if args.pretrained:
+        given["pretrained"] = True
+    name = args.model or stored.get("model_name", DEFAULT_MODEL)
+    defaults = {"model_name": name, "img_size": to_2tuple(pretrained_config(name)["input_size"])}
     return defaults | stored | given | args.model_kwargs
+
+
+def pretrained_config(model_name: str) -> dict:
+    """Input size and the other values of `data_config` for timm's weights of a model, or DeiT's."""
+    config = {
+        "input_size": DEFAULT_SIZE,
+        "crop_pct": DEFAULT_CROP,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+    }
+    try:
+        known = timm.get_pretrained_cfg(model_name)
+    except Exception:  # no name, or no tag of it: building the model says so
+        known = None
+    if known is None:
+        return config
+    return {name: getattr(known, name) for name in config} | {"input_size": known.input_size[1:]}
 
 
 def data_config(
     args: argparse.Namespace, input_size: int | tuple[int, int], stored: Mapping
 ) -> dict:
-    """What makes an image the model's input: the flags given, over stored values, over DeiT's.
+    """What makes an image the model's input: the flags given, over stored values.
 
     Args:
-        args: reads eval_crop_ratio, mean and std.
+        args: reads eval_crop_ratio, mean, std and interpolation.
         input_size: (H, W), or one number for both.
-        stored: `data_config` of a checkpoint, or `pretrained_cfg` of a model.
+        stored: a model's pretrained_cfg, or `pretrained_config` with a checkpoint's data_config.
 
     Returns:
         Plain values by timm's names: input_size (H, W), crop_pct in (0, 1], mean and std of the
-        channels.
+        channels, interpolation.
     """
     flags = {"crop_pct": args.eval_crop_ratio, "mean": args.mean, "std": args.std}
-    given = {name: _plain(value) for name, value in flags.items() if value is not None}
-    defaults = {
-        "crop_pct": DEFAULT_CROP,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-    }
-    known = {name: stored[name] for name in defaults if name in stored}
-    return {"input_size": to_2tuple(input_size)} | defaults | known | given
+    flags |= {"interpolation": args.interpolation}
+    known = pretrained_config(DEFAULT_MODEL) | dict(stored)
+    config = {name: _plain(known[name] if v is None else v) for name, v in flags.items()}
+    return {"input_size": to_2tuple(input_size)} | config
 
 
 def _plain(value: object) -> object:

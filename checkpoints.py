@@ -20,16 +20,26 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models._hub import download_cached_file
+from timm.models import eva
+from timm.models._hub import (
+    download_cached_file,
+    download_from_hf,
+    load_cfg_from_json,
+    load_state_dict_from_hf,
+    load_state_dict_from_path,
+)
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import TrainState
-from models import BATVisionTransformer
+from models import REDUCTIONS, make_reducing
+from models.vit import REDUCTION_KEYWORDS, check_convertible
 from models.weights import (
     WEIGHT_SOURCES,
     inherited_settings,
@@ -59,6 +69,7 @@ SCHEDULE_FLAGS = (
 )  # fmt: skip
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
 MOST_BLOCKS = 1000
+HUB_INPUTS = ("crop_pct", "mean", "std", "interpolation")
 MOST_PIXELS = 2**13  # a side
 # What an optimizer's parameter groups must agree in with the flags.
 HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
@@ -108,10 +119,15 @@ def load_checkpoint(path: str | Path) -> dict:
             file = path
             if path.startswith(("http://", "https://")):
                 file = download_cached_file(path, check_hash=True)
-            if not os.path.isfile(file):
+            if path.startswith("hf-hub:") or os.path.isdir(file):
+                checkpoint = _read_hub(file)
+            elif not os.path.isfile(file):
                 raise FileNotFoundError
-            _check_archive(file)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            elif file.endswith(".safetensors"):
+                checkpoint = safetensors.torch.load_file(file)
+            else:
+                _check_archive(file)
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, Mapping) or not checkpoint:
             raise InputError(f"it holds a {type(checkpoint).__name__}, not weights")
         return _in_one_layout(checkpoint)
@@ -124,6 +140,30 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as problem:  # damaged files fail in every way that a reader can
         reason = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
     raise InputError(f"checkpoint {path} cannot be read: {reason}")
+
+
+def _read_hub(source: str) -> dict:
+    """Weights and settings of `hf-hub:OWNER/NAME`, or of a folder of `timm.models.save_for_hf`.
+
+    The reduction's settings are in its config.json where `tools.export --format hf` wrote it.
+    """
+    if source.startswith("hf-hub:"):
+        name = source.removeprefix("hf-hub:")
+        with refusing("neither the hub nor its cache gives it (a file or folder can be given too)"):
+            config = load_cfg_from_json(download_from_hf(name, "config.json"))
+            weights = load_state_dict_from_hf(name, weights_only=True)
+    else:
+        config = load_cfg_from_json(Path(source, "config.json"))
+        weights = load_state_dict_from_path(source)
+    known = config["pretrained_cfg"]
+    settings = {
+        "model_name": config["architecture"],
+        "num_classes": config["num_classes"],
+        "img_size": tuple(known["input_size"][1:]),
+    }
+    settings |= config.get("model_args", {}) | config.get("reduction", {})
+    data_config = {name: known[name] for name in HUB_INPUTS if name in known}
+    return {"model": weights, "model_args": settings, "data_config": data_config}
 
 
 def _check_archive(path: str) -> None:
@@ -181,7 +221,7 @@ def _in_one_layout(stored: Mapping) -> dict:
         for name in shown.keys() & settings.keys() & {"embed_dim", "depth"}:
             if settings[name] != shown[name]:
                 raise InputError(f"its {name} is {settings[name]}, its weights' {shown[name]}")
-        if str(settings.get("model_name")).startswith("bat_"):
+        if str(settings.get("model_name")).startswith("bat_"):  # then the only reducing ones
             settings = FIRST_REDUCTION | settings
     crop = args.get("eval_crop_ratio")  # what runs say that store no data_config
     data_config = _plain_dict(checkpoint, "data_config") or ({"crop_pct": crop} if crop else {})
@@ -310,30 +350,47 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def build_model(model_args: Mapping, *, reducing: bool = True) -> nn.Module:
-    """`timm.create_model(**model_args)`; what does not fit or (`reducing`) reduce: `InputError`."""
+    """The model of timm with these keywords, and (`reducing`) those of `make_reducing`.
+
+    Raises:
+        InputError: it does not exist, a keyword does not fit it, or it cannot reduce.
+    """
     name = model_args["model_name"]
-    own = ", ".join(timm.list_models(module="bat"))
     if not isinstance(name, str) or not timm.is_model(name):
-        raise InputError(f"unknown model '{name}'; choose from {own}")
-    with refusing(f"cannot build {name}"):
+        own = ", ".join(timm.list_models(module="bat"))
+        raise InputError(f"unknown model '{name}'; choose one of timm's plain ViTs, or {own}")
+    own_method = str(model_args.get("reduction"))
+    if ":" in own_method and own_method not in REDUCTIONS:  # no file has code imported
+        raise InputError(f"the method is code of one's own: give --reduction {own_method}")
+    what = f"cannot build {name}"
+    if model_args.get("pretrained"):
+        known = timm.get_pretrained_cfg(name)
+        place = known.hf_hub_id or known.url or "nowhere"
+        what += f" with timm's weights (from {place}; --finetune FILE takes them from a file)"
+    with refusing(what):
         if not {"device", "dtype"}.isdisjoint(model_args):
             raise InputError(f"cannot build {name}: device and dtype are the run's to choose")
         if model_args.get("depth", 0) > MOST_BLOCKS:  # would be built for hours
             raise InputError(f"cannot build {name}: depth is above {MOST_BLOCKS}")
-        model = timm.create_model(**model_args)
+        reduction = {key: model_args[key] for key in REDUCTION_KEYWORDS if key in model_args}
+        keywords = {key: value for key, value in model_args.items() if key not in reduction}
+        try:
+            model = timm.create_model(**keywords)
+        except TypeError:  # the kind of the model may be why it does not take a keyword
+            if reducing:
+                check_convertible(timm.create_model(name))
+            raise
     if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
         size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
         raise InputError(f"cannot build {name}: img_size {size} is smaller than a patch, {patch}")
-    if reducing and not isinstance(model, BATVisionTransformer):
-        raise InputError(
-            f"'{name}' does not reduce tokens; choose from {own} "
-            "(with --reduction none they are plain DeiT)"
-        )
-    if reducing:  # what is odd shows in a forward pass
+    if reducing:
+        with refusing(f"{name} cannot reduce"):
+            make_reducing(model, **reduction, check=not name.startswith("bat_"))
+        # What is odd shows in a forward pass.
         with refusing(f"{name} cannot classify an image with these keywords"), torch.no_grad():
             meta = copy.deepcopy(model).to("meta").eval()
-            logits = meta(torch.empty(1, meta.in_chans, *meta.patch_embed.img_size, device="meta"))
-            if logits.shape != (1, model.num_classes):
+            logits = meta(torch.empty(1, 3, *meta.patch_embed.img_size, device="meta"))
+            if logits.shape[1:] != (model.num_classes or model.num_features,):
                 raise ValueError(f"its output is {tuple(logits.shape)}")
     return model
 
@@ -377,6 +434,8 @@ def model_from_checkpoint(
     weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
     if "head.bias" in weights:
         model_args.setdefault("num_classes", len(weights["head.bias"]))
+    if checkpoint:
+        model_args.pop("pretrained", None)
     model = build_model(model_args, reducing=reducing)
     if checkpoint:
         grid = _patch_grid(stored.get("img_size"), weights)
@@ -415,7 +474,7 @@ def fit_weights(
         InputError: the weights are for another architecture; the message names what differs.
     """
     own = model.state_dict()
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         with suppress(Exception):  # what cannot be resampled is named below with all that differs
             weights = _fit_positions(model, dict(weights), old_grid, drop_distillation=new_head)
     missing = [name for name in own if name not in weights]
@@ -449,7 +508,7 @@ def fit_weights(
 
 
 def _fit_positions(
-    model: VisionTransformer,
+    model: VisionTransformer | Eva,
     weights: dict[str, Tensor],
     old_grid: tuple[int, int] | None,
     *,
@@ -459,7 +518,11 @@ def _fit_positions(
     embedding = weights.pop("pos_embed", None)
     if drop_distillation and "dist_token" in weights and not hasattr(model, "dist_token"):
         embedding = torch.cat([embedding[:, :1], embedding[:, 2:]], dim=1)  # class token, patches
-    weights = checkpoint_filter_fn(weights, model)
+    if isinstance(model, Eva):  # where facebook's names of LayerScale are timm's own
+        weights = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", n): v for n, v in weights.items()}
+        weights = eva.checkpoint_filter_fn(weights, model)
+    else:
+        weights = checkpoint_filter_fn(weights, model)
     if embedding is None:
         return weights
     new_grid, is_fit = model.patch_embed.grid_size, embedding.shape == model.pos_embed.shape

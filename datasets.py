@@ -183,7 +183,13 @@ def build_transform(
         return _train_transform(size, args, data_config)
     ratio = 1.0 if max(size) <= SMALL_INPUT else data_config["crop_pct"]
     normalize = transforms.Normalize(data_config["mean"], data_config["std"])
-    return transforms.Compose([*cover_and_crop(size, ratio), transforms.ToTensor(), normalize])
+    return transforms.Compose(
+        [
+            *cover_and_crop(size, ratio, data_config["interpolation"]),
+            transforms.ToTensor(),
+            normalize,
+        ]
+    )
 
 
 def _check_data_config(config: Mapping[str, object]) -> None:

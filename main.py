@@ -35,6 +35,7 @@ from arguments import (
     data_config,
     get_args_parser,
     model_arguments,
+    pretrained_config,
 )
 from checkpoints import (
     CheckpointSchedule,
@@ -60,7 +61,7 @@ from engine import (
 from inputs.cache import CachedLoader, build_cached_loader
 from losses import CosubLoss, DistillationLoss
 from models import (
-    BATVisionTransformer,
+    ReducingTransformer,
     count_gmacs,
     count_parameters,
     describe,
@@ -227,7 +228,7 @@ def build_criterion(
 
 def build_run_model(
     args: argparse.Namespace, model_args: dict, start: StartingPoint
-) -> BATVisionTransformer:
+) -> ReducingTransformer:
     """The model of the run with its first weights, on the CPU."""
     seed_everything(args.seed)  # the same first weights in every process
     drop_path = DEFAULT_DROP_PATH if args.drop_path is None else args.drop_path
@@ -239,14 +240,16 @@ def build_run_model(
         **model_args | {"drop_rate": args.drop, "drop_path_rate": drop_path},
     )
     apply_target_gmacs(args.target_gmacs, model, model_args)
+    if args.distillation_type != "none" and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training()  # the distillation token learns from the teacher
     if args.attn_only:  # as in DeiT
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = ".attn." in name or name.startswith(("head.", "pos_embed"))
+            parameter.requires_grad = ".attn." in name or name.startswith(("head", "pos_embed"))
     return model
 
 
 def apply_target_gmacs(
-    target_gmacs: float | None, model: BATVisionTransformer, model_args: dict
+    target_gmacs: float | None, model: ReducingTransformer, model_args: dict
 ) -> None:
     """Sets the largest keep rate within a budget, in the model and in its keywords."""
     if target_gmacs is None:
@@ -261,7 +264,7 @@ def apply_target_gmacs(
 
 
 def build_state(
-    args: argparse.Namespace, model: BATVisionTransformer, device: torch.device
+    args: argparse.Namespace, model: ReducingTransformer, device: torch.device
 ) -> TrainState:
     """Optimizer, scheduler, gradient scaler and moving average around a model on its device."""
     total_batch = args.batch_size * args.accum_steps * get_world_size()
@@ -329,7 +332,7 @@ def train_options(
     )
 
 
-def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
+def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
     """The model to call in training: compiled, and with gradients shared among processes.
 
     The order in which gradients are summed follows from the buckets that they are in, and these are
@@ -339,7 +342,9 @@ def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: b
     wrapped = model
     if get_world_size() > 1:
         wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-        image = torch.zeros(1, model.in_chans, *model.patch_embed.img_size, device=device)
+        image = torch.zeros(
+            1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device=device
+        )
         (0 * wrapped(image).sum()).backward()
         model.zero_grad()
     if compiled:  # after the pass above, whose one image would need a graph of its own
@@ -352,7 +357,7 @@ def wrap_model(model: BATVisionTransformer, device: torch.device, *, compiled: b
 
 def run_evaluation(
     args: argparse.Namespace,
-    model: BATVisionTransformer,
+    model: ReducingTransformer,
     val_loader: DataLoader | CachedLoader,
     device: torch.device,
     header: str = "Test:",
@@ -566,7 +571,7 @@ def run(args: argparse.Namespace) -> None:
         stored.pop("num_classes", None)
     model_args = model_arguments(args, stored)
     if args.describe:
-        model = build_model(model_args)
+        model = build_model(model_args | {"pretrained": False})
         apply_target_gmacs(args.target_gmacs, model, model_args)
         logger.info(describe(model))
         return
@@ -575,7 +580,8 @@ def run(args: argparse.Namespace) -> None:
         check_writable(output_dir)
 
     # Data
-    config = data_config(args, model_args["img_size"], start.checkpoint.get("data_config") or {})
+    known = pretrained_config(model_args["model_name"]) | start.checkpoint.get("data_config", {})
+    config = data_config(args, model_args["img_size"], known)
     train_dataset, val_dataset = build_datasets(args, config, device)
     num_classes = len(val_dataset.classes)
     if model_args.setdefault("num_classes", num_classes) != num_classes:
@@ -586,6 +592,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Model
     model = build_run_model(args, model_args, start).to(device)
+    model_args.pop("pretrained", None)
     facts = {"gmacs": count_gmacs(model), "parameters": count_parameters(model)}
     logger.info(f"{model_args}\n{describe_reduction(model)}")
     logger.info(f"{facts['parameters']:,} parameters, {facts['gmacs']:.4f} GMACs")

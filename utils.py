@@ -80,6 +80,7 @@ def is_main_process() -> bool:
 
 def setup_logging() -> None:
     """Sends the project's messages to standard output: all from rank 0, errors from the others."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)

@@ -35,12 +35,13 @@ from arguments import (
     data_config,
     folder,
     model_arguments,
+    pretrained_config,
     random_seed,
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
 from inputs.images import BadImageError, list_images, load_image
-from models import BATVisionTransformer, describe_reduction
+from models import ReducingTransformer, describe_reduction
 from models.trace import PatchKind, trace_patches
 from utils import (
     InputError,
@@ -87,7 +88,7 @@ class Source(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    model: BATVisionTransformer
+    model: ReducingTransformer
     description: str
     classes: Sequence[str]  # names of the outputs; empty: random weights, which predict nothing
     data_config: Mapping[str, object]  # of its inputs, as `arguments.data_config` gives it
@@ -348,7 +349,8 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))
     classes = checkpoint.get("classes") or []
-    config = data_config(args, model_args["img_size"], checkpoint.get("data_config") or {})
+    known = pretrained_config(model_args["model_name"]) | checkpoint.get("data_config", {})
+    config = data_config(args, model_args["img_size"], known)
     if args.data_set:
         dataset, num_classes = build_dataset(False, args, config)
         classes = classes or dataset.classes

@@ -93,8 +93,9 @@ class ResizeToCover:
     For H = W this is torchvision's `Resize(H)`. A very long image is first cut to its middle.
     """
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    def __init__(self, size: tuple[int, int], interpolation: str = "bicubic") -> None:
         self.size = size
+        self.resampling = Image.Resampling[interpolation.upper()]
 
     def __call__(self, image: Image.Image) -> Image.Image:
         longest = MAX_ASPECT_RATIO * min(image.size)
@@ -109,13 +110,16 @@ class ResizeToCover:
             rows = max(rows, int(cols * height / width))
         if (cols, rows) == image.size:
             return image
-        return image.resize((cols, rows), Image.Resampling.BICUBIC)
+        return image.resize((cols, rows), self.resampling)
 
 
-def cover_and_crop(size: tuple[int, int], crop_ratio: float) -> list[Callable]:
+def cover_and_crop(
+    size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic"
+) -> list[Callable]:
     """The steps to the middle (H, W) of an image resized to cover (H, W) / crop_ratio."""
     rows, cols = size
-    cover = ResizeToCover((int(rows / crop_ratio), int(cols / crop_ratio)))
+    covered = int(rows / crop_ratio), int(cols / crop_ratio)
+    cover = ResizeToCover(covered, interpolation)
     return [cover, transforms.CenterCrop(size)]
 
 

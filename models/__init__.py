@@ -9,15 +9,16 @@ from .complexity import (
     find_keep_rate,
 )
 from .reduction import REDUCTIONS
-from .vit import BATVisionTransformer
+from .vit import ReducingTransformer, make_reducing
 
 __all__ = [
     "REDUCTIONS",
-    "BATVisionTransformer",
+    "ReducingTransformer",
     "bat",
     "count_gmacs",
     "count_parameters",
     "describe",
     "describe_reduction",
     "find_keep_rate",
+    "make_reducing",
 ]

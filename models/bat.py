@@ -1,6 +1,6 @@
 """The registered models: DeiT (Touvron et al., arXiv 2012.12877) with BAT's reduction.
 
-All take the keywords of timm's VisionTransformer and those of `BATVisionTransformer`.
+They are timm's, passed through `make_reducing`, and take the keywords of both.
 """
 
 from timm.models import (
@@ -9,9 +9,9 @@ from timm.models import (
     get_pretrained_cfg,
     register_model,
 )
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from .vit import BATVisionTransformer
+from .vit import REDUCTION_KEYWORDS, ReducingVisionTransformer, make_reducing
 
 # `pretrained=True` loads DeiT's ImageNet-1k weights: BAT has no parameter of its own. Images are
 # cropped for the evaluation as in DeiT's own code; timm's setting of 0.9 is another.
@@ -21,32 +21,34 @@ default_cfgs = generate_default_cfgs({
 })  # fmt: skip
 
 
-def _create_bat(variant: str, pretrained: bool, **kwargs) -> BATVisionTransformer:
-    return build_model_with_cfg(
-        BATVisionTransformer,
+def _create_bat(variant: str, pretrained: bool, **kwargs) -> ReducingVisionTransformer:
+    reduction = {name: kwargs.pop(name) for name in REDUCTION_KEYWORDS if name in kwargs}
+    model = build_model_with_cfg(
+        VisionTransformer,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         **({"patch_size": 16, "depth": 12} | kwargs),
     )
+    return make_reducing(model, **reduction, check=False)
 
 
 @register_model
-def bat_deit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> BATVisionTransformer:
+def bat_deit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> ReducingVisionTransformer:
     """DeiT-Ti."""
     model_args = {"embed_dim": 192, "num_heads": 3} | kwargs
     return _create_bat("bat_deit_tiny_patch16_224", pretrained, **model_args)
 
 
 @register_model
-def bat_deit_small_patch16_224(pretrained: bool = False, **kwargs) -> BATVisionTransformer:
+def bat_deit_small_patch16_224(pretrained: bool = False, **kwargs) -> ReducingVisionTransformer:
     """DeiT-S."""
     model_args = {"embed_dim": 384, "num_heads": 6} | kwargs
     return _create_bat("bat_deit_small_patch16_224", pretrained, **model_args)
 
 
 @register_model
-def bat_deit_base_patch16_224(pretrained: bool = False, **kwargs) -> BATVisionTransformer:
+def bat_deit_base_patch16_224(pretrained: bool = False, **kwargs) -> ReducingVisionTransformer:
     """DeiT-B."""
     model_args = {"embed_dim": 768, "num_heads": 12} | kwargs
     return _create_bat("bat_deit_base_patch16_224", pretrained, **model_args)

@@ -105,6 +105,21 @@ def class_token_importance(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return row.softmax(dim=-1).mean(dim=1)  # (B, L)
 
 
+def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The attention that a token gets, averaged over queries and heads: without a class token.
+
+    Args:
+        queries: (B, H, L, D / H) queries of all tokens.
+        keys: (B, H, L, D / H) their keys.
+        scale: factor on the products.
+
+    Returns:
+        (B, L) float32 attention in [0, 1], summing to 1 over all tokens; differentiable.
+    """
+    logits = matmul_float32((queries.float() * scale).flatten(0, 1), keys.flatten(0, 1).mT)
+    return logits.softmax(dim=-1).mean(dim=1).unflatten(0, queries.shape[:2]).mean(dim=1)
+
+
 def squared_distances(x: Tensor) -> Tensor:
     """Squared Euclidean distances divided by the channel count, from one Gram matrix.
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .reduction import get_reduction
-from .vit import BATVisionTransformer
+from .vit import ReducingTransformer
 
 FLOPS_PER_GMAC = 2e9  # one multiply-accumulate counts as two operations
 
@@ -35,8 +35,9 @@ def gmacs_by_module(model: nn.Module) -> dict[str, float]:
     Returns:
         GMACs by dotted module name, down to the blocks; the key "" holds the total.
     """
-    meta = copy.deepcopy(model).to("meta").eval()
-    image = torch.empty(1, meta.in_chans, *meta.patch_embed.img_size, device="meta")
+    # Without gradients: the counter stumbles over views of parameters, as in attention pools.
+    meta = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    image = torch.empty(1, 3, *meta.patch_embed.img_size, device="meta")
     counter = FlopCounterMode(display=False, depth=2)
     # The counter knows only some of the fused attention kernels, but every matrix product.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -56,7 +57,7 @@ def count_gmacs(model: nn.Module) -> float:
     return gmacs_by_module(model)[""]
 
 
-def describe_reduction(model: BATVisionTransformer) -> str:
+def describe_reduction(model: ReducingTransformer) -> str:
     """The model's reduction in one line."""
     return (
         f"reduction {model.reduction}, keep rates {_join(model.keep_rates)}, "
@@ -65,7 +66,7 @@ def describe_reduction(model: BATVisionTransformer) -> str:
     )
 
 
-def describe(model: BATVisionTransformer) -> str:
+def describe(model: ReducingTransformer) -> str:
     """The model's reduction in one line, then tokens and GMACs of every block as a table."""
     gmacs = gmacs_by_module(model)
     dense_model = copy.deepcopy(model)
@@ -101,7 +102,7 @@ def _join(values: Sequence[float]) -> str:
     return " ".join(f"{value:g}" for value in values) or "none"
 
 
-def find_keep_rate(model: BATVisionTransformer, target_gmacs: float) -> float:
+def find_keep_rate(model: ReducingTransformer, target_gmacs: float) -> float:
     """The largest keep rate, to three decimals and equal in all stages, within a budget.
 
     A stage costs something itself, so that a keep rate just below 1 needs more GMACs than the dense

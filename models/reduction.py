@@ -176,6 +176,16 @@ def group_shares(weights: Tensor, assignment: Tensor, num_members: Tensor) -> Te
     return torch.where(total == 0, equal_share, weights / torch.where(total == 0, 1.0, total))
 
 
+def heaviest_members(assignment: Tensor, weights: Tensor, num_groups: int) -> Tensor:
+    """(B, K) index of the member of each group with the greatest weight; ties: the lower index.
+
+    Takes assignments and weights (B, N); no weight is negative.
+    """
+    group = torch.arange(num_groups, device=assignment.device)
+    is_member = assignment.unsqueeze(1) == group.view(1, -1, 1)  # (B, K, N)
+    return torch.where(is_member, weights.unsqueeze(1), -1.0).max(dim=-1).indices
+
+
 def _last_members(assignment: Tensor, num_groups: int) -> Tensor:
     """(B, K) index of a member of each group; of several, an arbitrary one."""
     position = torch.arange(assignment.shape[1], device=assignment.device).expand_as(assignment)
@@ -400,6 +410,26 @@ def check_assignment(method: str, assignment: Tensor, shape: torch.Size, num_gro
 
 
 # One stage ---------------------------------------------------------------------------------------
+
+
+class StageInfo(NamedTuple):
+    """What one stage of a model does.
+
+    Attributes:
+        block: index of its block.
+        num_tokens: patch tokens N that enter.
+        keep_rate: the block's keep rate.
+        budget: how the tokens that leave are spent.
+        num_outputs: patch tokens that leave: K, or K + 1 with a fused token.
+        num_clusters: how many of the last output tokens are clusters.
+    """
+
+    block: int
+    num_tokens: int
+    keep_rate: float
+    budget: TokenBudget
+    num_outputs: int
+    num_clusters: int
 
 
 class ReducedTokens(NamedTuple):

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reduction import group_sums
-from .vit import StageInfo
+from .clustering import gather_tokens
+from .reduction import StageInfo, group_sums
 
 
 class PatchKind(IntEnum):
@@ -47,6 +47,23 @@ def compose_assignments(assignments: Sequence[Tensor]) -> list[Tensor]:
     for assignment in assignments:
         composed.append(_follow(composed[-1], assignment, -1) if composed else assignment.clone())
     return composed
+
+
+def unmerge(tokens: Tensor, assignments: Sequence[Tensor]) -> Tensor:
+    """Puts tokens back on the patches that they stand for.
+
+    Args:
+        tokens: (B, K, D) patch tokens after the last of the stages.
+        assignments: as in `compose_assignments`; none: the tokens are the patches.
+
+    Returns:
+        (B, N_0, D) the token of each patch; 0 where the patch was dropped. Differentiable.
+    """
+    if not assignments:
+        return tokens
+    group = compose_assignments(assignments)[-1]  # (B, N_0)
+    features = gather_tokens(tokens, group.clamp(min=0))
+    return torch.where((group >= 0).unsqueeze(-1), features, 0.0).to(tokens.dtype)
 
 
 def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) -> list[PatchTrace]:

@@ -7,6 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from .vit import REDUCTION_KEYWORDS
+
 # Keywords of timm.create_model that name the weights of a model, which a checkpoint has itself.
 WEIGHT_SOURCES = (
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
@@ -69,12 +71,17 @@ def shown_settings(weights: Mapping[str, Tensor]) -> dict:
 def inherited_settings(stored: Mapping, model_name: str | None) -> dict:
     """The stored model keywords that also hold for a model of that name (None: of their own).
 
-    A model of another name has its own settings; where they have no name, its own size.
+    A model of another name has its own settings; where they have no name, its own size, and timm's
+    names say all but the input size, the classes and the reduction.
     """
     if model_name in (None, stored.get("model_name")):
         return dict(stored)
-    own = stored if "model_name" in stored else ("embed_dim", "depth", "num_heads")
-    return {name: value for name, value in stored.items() if name not in own}
+    if "model_name" in stored:
+        return {}
+    kept = stored.keys() - {"embed_dim", "depth", "num_heads"}
+    if not model_name.startswith("bat_"):
+        kept &= {"img_size", "num_classes", *REDUCTION_KEYWORDS}
+    return {name: value for name, value in stored.items() if name in kept}
 
 
 def with_timms_names(weights: dict[str, Tensor], shown: dict) -> dict[str, Tensor]:

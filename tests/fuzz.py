@@ -45,7 +45,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import list_optimizers
 
 from checkpoints import load_checkpoint, model_from_checkpoint
-from models import BATVisionTransformer
+from models import ReducingTransformer
 from utils import InputError
 
 SECONDS, MEMORY = 20, 3 * 2**30  # of one case; the memory is beside what the imports took
@@ -67,7 +67,7 @@ MORE = {
 FEW = ("num_workers", "threads")  # not thousands: they would be started
 KEYWORDS = sorted({
     *inspect.signature(VisionTransformer).parameters,
-    *inspect.signature(BATVisionTransformer).parameters,
+    *inspect.signature(ReducingTransformer).parameters,
     "pretrained", "pretrained_cfg", "checkpoint_path", "features_only", "out_indices", "no_such",
 })  # fmt: skip
 

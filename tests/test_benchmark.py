@@ -11,7 +11,7 @@ import pytest
 import torch
 from tool_helpers import refusal
 
-from models.vit import BATVisionTransformer
+from models.vit import ReducingTransformer
 from tools import benchmark, timing
 from tools.timing import Setting
 
@@ -155,7 +155,7 @@ def test_dense_model_is_timms_with_fused_attention() -> None:
     assert all(block.attn.fused_attn for block in dense.blocks)
     assert dense.patch_embed.grid_size == (4, 6)
     assert not dense.training
-    assert all(isinstance(model, BATVisionTransformer) for model in reducing)
+    assert all(isinstance(model, ReducingTransformer) for model in reducing)
     assert {model.num_classes for model in (dense, *reducing)} == {7}
 
 
@@ -170,7 +170,6 @@ def test_dense_model_is_timms_with_fused_attention() -> None:
         (["--threads", "0"], "must be at least 1, got 0"),
         (["--ema"], "--ema needs a checkpoint"),
         (["--input-size", "32x"], "'32x' is neither SIDE nor HEIGHTxWIDTH"),
-        (["--model", "deit_tiny_patch16_224"], "deit_tiny_patch16_224"),
         (["--model-kwargs", "depth"], "takes KEY=VALUE pairs, got 'depth'"),
         (["--model-kwargs", "keep_rate=0.5"], "keep_rate: use --keep-rate"),
         (["--model-kwargs", "no_such=1"], "cannot build"),

@@ -10,7 +10,7 @@ from conftest import TINY, build_tiny, draw_batch, randomise
 from arguments import get_args_parser, model_arguments
 from checkpoints import build_model
 from models import REDUCTIONS, count_parameters
-from models.vit import BATBlock
+from models.vit import ReducingBlock
 
 METHODS = tuple(REDUCTIONS)
 DROPPING = ("topk", "random")
@@ -199,7 +199,7 @@ def test_identity_stage_gives_arange() -> None:
 @pytest.mark.parametrize("reduction_loc", [(), (0,), (2,), (0, 1, 2), (2, 0), [1]])
 def test_any_set_of_blocks_may_reduce(reduction_loc: tuple[int, ...]) -> None:
     model = build_tiny(reduction_loc=reduction_loc, keep_rate=0.5)
-    kinds = [isinstance(block, BATBlock) for block in model.blocks]
+    kinds = [isinstance(block, ReducingBlock) for block in model.blocks]
     assert kinds == [index in reduction_loc for index in range(3)]
     with torch.no_grad():
         logits, assignments = model.forward_with_assignments(draw_batch(2, 3, 32, 32))
@@ -233,8 +233,8 @@ def test_keep_rate_out_of_range(keep_rate: float) -> None:
         ({"match_ratio": 2}, r"match_ratio .*\[0, 1\].*2"),
         ({"match_ratio": float("nan")}, r"match_ratio .*\[0, 1\].*nan"),
         ({"merge_weights": "median"}, "merge_weights .*importance.*mean.*'median'"),
-        ({"class_token": False, "global_pool": "avg"}, "class_token must be True"),
-        ({"global_pool": "map"}, "^global_pool must be one of .*'token'.*got 'map'$"),
+        ({"importance": "all"}, "importance .*class.*received.*'all'"),
+        ({"reduction_seed": 0.5}, "reduction_seed must be an integer, got 0.5"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -243,10 +243,9 @@ def test_bad_settings_say_name_value_and_range(changes: dict, words: str) -> Non
         build_tiny(**changes)
 
 
-def test_what_timms_model_can_and_this_one_cannot_is_refused() -> None:
-    model = build_tiny()
-    images = draw_batch(1, 3, 32, 32)
+@pytest.mark.parametrize(
+    "call", ["forward", "forward_features", "forward_intermediates", "get_intermediate_layers"]
+)
+def test_attention_masks_are_refused(call: str) -> None:
     with pytest.raises(ValueError, match="attention mask"):
-        model.forward_features(images, attn_mask=torch.zeros(17, 17))
-    with pytest.raises(ValueError, match="forward_with_assignments"):
-        model.forward_intermediates(images)
+        getattr(build_tiny(), call)(draw_batch(1, 3, 32, 32), attn_mask=torch.zeros(17, 17))

@@ -12,14 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arguments import (
-    DEFAULT_MODEL,
-    REDUCTION_FLAGS,
     ArgumentParser,
     add_model_arguments,
     add_switch,
@@ -28,10 +25,9 @@ from arguments import (
     random_seed,
 )
 from checkpoints import build_model
-from models import REDUCTIONS, BATVisionTransformer, count_gmacs
-from models.clustering import class_token_importance
+from models import REDUCTIONS, ReducingTransformer, count_gmacs
 from models.reduction import ReducedTokens
-from models.vit import BATBlock
+from models.vit import ReducingBlock, find_importance
 from tools import timing
 from tools.timing import Call, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, check_writable, init_process, run_script
@@ -40,7 +36,7 @@ HELP = """Measures inference, training steps or the reduction stages of models w
 beside timm's dense model. Every method at every keep rate is a line of one table, printed and
 written as .txt, .csv and .json."""
 DENSE = "dense"
-PREFIX = "bat_"  # a reducing model's registered name is this and the name of timm's dense one
+PREFIX = "bat_"  # the registered models' names are this and the name of timm's dense one
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FEWEST_REPETITIONS = 10  # a median of fewer says little
 # A stage alone is launched faster than it is computed only if several calls queue up on a GPU; on
@@ -61,7 +57,7 @@ class Candidate(NamedTuple):
     def name_line(self, images: Tensor) -> dict:
         """The columns that name the line of this model and a batch (B, 3, height, width)."""
         tokens = [self.model.patch_embed.num_patches]
-        if isinstance(self.model, BATVisionTransformer):
+        if isinstance(self.model, ReducingTransformer):
             tokens += [stage.num_outputs for stage in self.model.stages()]
         return {
             "reduction": self.reduction,
@@ -91,13 +87,9 @@ def build_candidates(
 
 def build_dense(model_args: dict) -> nn.Module:
     """timm's own model of the same shape as a reducing one, with fused attention."""
-    name = model_args["model_name"]
-    dense = name.removeprefix(PREFIX)
-    if dense == name or not timm.is_model(dense):
-        raise InputError(f"--model must be a reducing model, e.g. {DEFAULT_MODEL}, got '{name}'")
-    shape = {key: value for key, value in model_args.items() if key not in REDUCTION_FLAGS}
-    model = build_model(shape | {"model_name": dense}, reducing=False)
-    if not all(block.attn.fused_attn for block in model.blocks):
+    dense = model_args["model_name"].removeprefix(PREFIX)
+    model = build_model(model_args | {"model_name": dense}, reducing=False)
+    if not all(getattr(module, "fused_attn", True) for module in model.modules()):
         raise InputError("timm's fused attention is switched off: unset TIMM_FUSED_ATTN")
     return model
 
@@ -225,19 +217,19 @@ STAGE_PROTOCOL = [
 class Recorded(NamedTuple):
     """What a forward pass gave to the stage of one block, and to the attention layer before it."""
 
-    query: Tensor  # (B, H, 1, D / H) the class token's
+    queries: Tensor  # (B, H, L, D / H) queries of all tokens
     keys: Tensor  # (B, H, L, D / H) of all tokens
     x: Tensor  # (B, L, D) tokens after the attention residual
     sizes: Tensor | None  # (B, N) float32 number of patches of each token; None: one
     normed: Tensor  # (B, L, D) tokens that entered the attention layer
 
 
-def record_stages(model: BATVisionTransformer, images: Tensor, setting: Setting) -> list[Recorded]:
+def record_stages(model: ReducingTransformer, images: Tensor, setting: Setting) -> list[Recorded]:
     """Runs a forward pass (B, 3, height, width) and says what it gave to each stage."""
     seen: dict[nn.Module, tuple] = {}
 
     def keep(part: nn.Module, inputs: tuple, output: object) -> None:
-        seen[part] = inputs if isinstance(part, BATBlock) else output
+        seen[part] = inputs if isinstance(part, ReducingBlock) else output
 
     blocks = [model.blocks[index] for index in model.reduction_loc]
     handles = []
@@ -251,16 +243,17 @@ def record_stages(model: BATVisionTransformer, images: Tensor, setting: Setting)
 
     stages = []
     for block in blocks:
-        x, sizes = seen[block]
-        query, keys = seen[block.attn.q_norm][:, :, :1], seen[block.attn.k_norm]
+        x, *rest = seen[block]  # a rotary embedding or None, and the sizes, if any
+        queries, keys = seen[block.attn.q_norm], seen[block.attn.k_norm]
+        sizes = rest[1] if len(rest) > 1 else None
         x = x + seen[block.drop_path1]
-        stages.append(Recorded(query, keys, x, sizes, seen[block.norm1]))
+        stages.append(Recorded(queries, keys, x, sizes, seen[block.norm1]))
     return stages
 
 
-def run_stage(block: BATBlock, inputs: Recorded) -> ReducedTokens:
-    """A block's stage alone: the class token's attention row, the groups and the merging."""
-    importance = class_token_importance(inputs.query, inputs.keys, block.attn.scale)
+def run_stage(block: ReducingBlock, inputs: Recorded) -> ReducedTokens:
+    """A block's stage alone: the importance, the groups and the merging."""
+    importance = find_importance(inputs.queries, inputs.keys, block.attn.scale, block.importance)
     return block.reduce(inputs.x, importance, inputs.sizes)
 
 

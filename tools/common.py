@@ -24,7 +24,7 @@ from arguments import (
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
-from models import REDUCTIONS, BATVisionTransformer, describe_reduction
+from models import REDUCTIONS, ReducingTransformer, describe_reduction
 from models.reduction import ReducedTokens
 from utils import InputError, init_process, logger, seed_everything, write_atomically
 
@@ -70,7 +70,7 @@ def find_device(args: Namespace) -> torch.device:
     return init_process(args.device)
 
 
-def load_model(args: Namespace, path: str, device: torch.device) -> BATVisionTransformer:
+def load_model(args: Namespace, path: str, device: torch.device) -> ReducingTransformer:
     """The model of a checkpoint ("": random weights) with what the flags change, to evaluate."""
     checkpoint = load_checkpoint(path) if path else {}
     seed_everything(args.seed)
@@ -116,7 +116,7 @@ def report_bad_images(dataset: SampleDataset, indices: Sequence[int], num_images
 
 
 @contextmanager
-def block_outputs(model: BATVisionTransformer) -> Iterator[list[Tensor | ReducedTokens]]:
+def block_outputs(model: ReducingTransformer) -> Iterator[list[Tensor | ReducedTokens]]:
     """Gives a list to which every forward pass inside appends what each block returns."""
     outputs = []
     handles = [

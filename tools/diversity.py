@@ -21,7 +21,7 @@ from torch import Tensor
 
 from arguments import ArgumentParser, at_least, data_config
 from datasets import build_dataset
-from models import BATVisionTransformer
+from models import ReducingTransformer
 from models.reduction import ReducedTokens
 from tools import common
 from tools.figures import below_figure, method_style, new_figure, save_figure, styled
@@ -100,7 +100,7 @@ MEASURE_LABELS = {
 }
 
 
-def num_attentive_tokens(model: BATVisionTransformer) -> dict[int, int]:
+def num_attentive_tokens(model: ReducingTransformer) -> dict[int, int]:
     """How many of the most attended tokens count as attentive, by index of the reducing block.
 
     For BAT these are its attentive tokens (A of `token_budget`), for every other method the K
@@ -113,7 +113,7 @@ def num_attentive_tokens(model: BATVisionTransformer) -> dict[int, int]:
     }
 
 
-def measure_images(model: BATVisionTransformer, images: Tensor) -> pd.DataFrame:
+def measure_images(model: ReducingTransformer, images: Tensor) -> pd.DataFrame:
     """Measures every block on images (B, 3, H, W): a row a block and image."""
     with common.block_outputs(model) as outputs:
         model(images)
@@ -136,7 +136,7 @@ def measure_images(model: BATVisionTransformer, images: Tensor) -> pd.DataFrame:
 
 @torch.no_grad()
 def measure_methods(
-    model: BATVisionTransformer, reductions: Sequence[str], batches: Iterable[Tensor]
+    model: ReducingTransformer, reductions: Sequence[str], batches: Iterable[Tensor]
 ) -> pd.DataFrame:
     """Measures every block of a model under every method, on the same images (B, 3, H, W).
 

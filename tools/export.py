@@ -3,8 +3,10 @@
     python -m tools.export --checkpoint best.pth --output model.onnx
 
 The suffix decides: `.onnx` is run by onnxruntime, `.pt2` (a torch.export program) by PyTorch. The
-batch dimension is dynamic, the image size and the keep rate are fixed. Exit codes: 0 done, 1 the
-file disagrees with the model (it is removed), 2 bad input.
+batch dimension is dynamic, the image size and the keep rate are fixed. `--format hf` writes a
+folder for the Hugging Face hub instead: timm's own model, which `timm.create_model` loads without
+this code, and beside it the reduction, which `--resume` and `--checkpoint` take from there. Exit
+codes: 0 done, 1 the file disagrees with the model (it is removed), 2 bad input.
 """
 
 import os
@@ -16,13 +18,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.export import Dim
 
-from arguments import ArgumentParser, add_model_arguments, add_switch, random_seed
-from models import BATVisionTransformer, count_gmacs
+from arguments import ArgumentParser, add_model_arguments, add_switch, model_arguments, random_seed
+from checkpoints import load_checkpoint, model_from_checkpoint
+from models import ReducingTransformer, count_gmacs
+from models.vit import restore_timm
 from tools.common import load_model
-from utils import InputError, run_script
+from utils import InputError, check_writable, run_script
 
 LIMIT = 1e-4  # of the difference of a logit, in float32
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")
@@ -36,7 +41,7 @@ KNOWN_WARNINGS = ("The given buffer is not writable", r"`isinstance\(treespec, L
 class ExportedModel(nn.Module):
     """A model whose outputs are one flat tuple, as exporters want it."""
 
-    def __init__(self, model: BATVisionTransformer, *, assignments: bool) -> None:
+    def __init__(self, model: ReducingTransformer, *, assignments: bool) -> None:
         super().__init__()
         self.model = model
         self.assignments = assignments
@@ -127,7 +132,10 @@ def get_args_parser() -> ArgumentParser:
     add_model_arguments(parser)
     group = parser.add_argument_group("export")
     group.add_argument("--checkpoint", default="", help="weights; without one they are random")
-    group.add_argument("--output", required=True, help=f"file to write, {' or '.join(SUFFIXES)}")
+    group.add_argument("--output", required=True,
+        help=f"file to write, {' or '.join(SUFFIXES)}, or the folder of --format hf")  # fmt: skip
+    group.add_argument("--format", choices=("suffix", "hf"), default="suffix",
+        help="what --output's suffix says, or a folder for the Hugging Face hub")  # fmt: skip
     add_switch(group, "--assignments", default=False, help="output where every token went, too")
     group.add_argument(
         "--seed", type=random_seed, default=0, help="random seed of weights and check"
@@ -135,9 +143,34 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
+def export_folder(args: Namespace) -> int:
+    """Writes config.json and model.safetensors as timm has them; returns the exit code."""
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
+    keywords = model_arguments(args, checkpoint.get("model_args"))
+    model = model_from_checkpoint(checkpoint, ema=args.ema, **keywords)
+    settings = model.reduction_settings()
+    restore_timm(model)
+    known = {
+        "architecture": keywords.pop("model_name").removeprefix("bat_"),
+        "input_size": (3, *model.patch_embed.img_size),
+    }
+    rest = {"num_classes", "pretrained", *settings}
+    save_for_hf(
+        model,
+        str(check_writable(args.output)),
+        model_config={"reduction": settings, "pretrained_cfg": known},
+        model_args={name: value for name, value in keywords.items() if name not in rest},
+        safe_serialization=True,
+    )
+    print(f"done: {args.output}")
+    return 0
+
+
 def run(args: Namespace) -> int:
     """Exports, compares and says how it went; returns the exit code."""
     path = Path(args.output)
+    if args.format == "hf":
+        return export_folder(args)
     if path.suffix not in SUFFIXES:
         raise InputError(f"--output must end in {' or '.join(SUFFIXES)}, got '{args.output}'")
     if not os.path.isdir(path.parent):

@@ -29,7 +29,8 @@ from arguments import AMP_CHOICES, ArgumentParser, at_least, data_config
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
-from models import BATVisionTransformer, count_gmacs
+from models import ReducingTransformer, count_gmacs
+from models.vit import REDUCTION_KEYWORDS
 from tools import common
 from tools.figures import plot_accuracy, save_figure
 from utils import (
@@ -113,8 +114,8 @@ def short_labels(paths: Sequence[str]) -> list[str]:
 
 
 def switch(
-    models: Mapping[str, BATVisionTransformer], configuration: Configuration
-) -> BATVisionTransformer:
+    models: Mapping[str, ReducingTransformer], configuration: Configuration
+) -> ReducingTransformer:
     """The configuration's model, by checkpoint label, switched to its method and keep rate."""
     model = models[configuration.checkpoint]
     model.set_reduction(configuration.reduction)
@@ -180,7 +181,7 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
 
 def sweep_settings(
     args: Namespace,
-    models: Mapping[str, BATVisionTransformer],
+    models: Mapping[str, ReducingTransformer],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
 ) -> dict:
@@ -201,7 +202,7 @@ def sweep_settings(
     }
     for path, (label, model) in zip(args.checkpoint, models.items(), strict=True):
         settings |= {f"{label}.path": path, f"{label}.weights": digest_weights(model)}
-        for name in ("reduction_loc", "cluster_ratio", "match_ratio", "merge_weights"):
+        for name in REDUCTION_KEYWORDS[2:]:  # all but what a configuration is
             settings[f"{label}.{name}"] = getattr(model, name)
     return json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
@@ -218,7 +219,7 @@ def digest_weights(model: nn.Module) -> str:
 
 @torch.no_grad()
 def timed_forward(
-    model: BATVisionTransformer, images: Tensor, amp_dtype: torch.dtype | None
+    model: ReducingTransformer, images: Tensor, amp_dtype: torch.dtype | None
 ) -> tuple[Tensor, float]:
     """Logits of images (B, 3, H, W) that lie on the model's device, and the seconds they took."""
     if images.is_cuda:
@@ -234,7 +235,7 @@ def timed_forward(
 def run_sweep(
     args: Namespace,
     predictions: Predictions,
-    models: Mapping[str, BATVisionTransformer],
+    models: Mapping[str, ReducingTransformer],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
     path: Path,
@@ -283,7 +284,7 @@ def run_sweep(
 
 def summarize(
     predictions: Predictions,
-    models: Mapping[str, BATVisionTransformer],
+    models: Mapping[str, ReducingTransformer],
     configurations: Sequence[Configuration],
 ) -> pd.DataFrame:
     """A row for every configuration of a finished sweep.
@@ -412,7 +413,7 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def load_inputs(args: Namespace) -> tuple[dict[str, BATVisionTransformer], SampleDataset]:
+def load_inputs(args: Namespace) -> tuple[dict[str, ReducingTransformer], SampleDataset]:
     """The models by the label of their checkpoint, and the validation set that fits them all."""
     device = common.find_device(args)
     models = [common.load_model(args, path, device) for path in args.checkpoint]

@@ -24,7 +24,7 @@ from torch import Tensor
 from arguments import ArgumentParser, add_image_arguments, at_least, data_config
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
-from models import BATVisionTransformer
+from models import ReducingTransformer
 from models.reduction import ReducedTokens, group_shares, group_sums
 from models.trace import PatchKind, trace_patches
 from tools import common
@@ -58,7 +58,7 @@ class ImageFiles:
 
 @torch.no_grad()
 def follow_patches(
-    model: BATVisionTransformer, images: Tensor, names: Sequence[str]
+    model: ReducingTransformer, images: Tensor, names: Sequence[str]
 ) -> pd.DataFrame:
     """Follows the patches of images (B, 3, H, W) through a model in evaluation mode.
 
