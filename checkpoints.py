@@ -154,7 +154,7 @@ def _read_hub(source: str) -> dict:
             weights = load_state_dict_from_hf(name, weights_only=True)
     else:
         config = load_cfg_from_json(Path(source, "config.json"))
-        weights = load_state_dict_from_path(source)
+        weights = load_state_dict_from_path(Path(source))
     known = config["pretrained_cfg"]
     settings = {
         "model_name": config["architecture"],

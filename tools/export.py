@@ -150,15 +150,14 @@ def export_folder(args: Namespace) -> int:
     model = model_from_checkpoint(checkpoint, ema=args.ema, **keywords)
     settings = model.reduction_settings()
     restore_timm(model)
-    known = {
-        "architecture": keywords.pop("model_name").removeprefix("bat_"),
-        "input_size": (3, *model.patch_embed.img_size),
-    }
+    architecture = keywords.pop("model_name").removeprefix("bat_")
+    known = {"architecture": architecture, "input_size": (3, *model.patch_embed.img_size)}
+    model.pretrained_cfg = {**model.pretrained_cfg, **known}
     rest = {"num_classes", "pretrained", *settings}
     save_for_hf(
         model,
         str(check_writable(args.output)),
-        model_config={"reduction": settings, "pretrained_cfg": known},
+        model_config={"reduction": settings},
         model_args={name: value for name, value in keywords.items() if name not in rest},
         safe_serialization=True,
     )
