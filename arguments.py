@@ -119,7 +119,10 @@ class _KeyValues(ParseKwargs):
                 parser.error(f"{option_string} takes KEY=VALUE pairs, got '{word}'")
             if name in KEYWORD_FLAGS:
                 parser.error(f"{option_string} {name}: use {KEYWORD_FLAGS[name]}")
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (MemoryError, RecursionError, SyntaxError, ValueError):  # as older timm leaves it
+            parser.error(f"{option_string} takes KEY=VALUE pairs, got {values}")
 
 
 class _Blocks(argparse.Action):
