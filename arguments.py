@@ -362,10 +362,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output-dir", default="", help="where to write; empty: nowhere")
-    add("--finetune", default="", help="checkpoint to start from, head included")
+    add("--finetune", default="",
+        help="checkpoint to start from, head included: a file (.pth, .safetensors), an address, "
+        "hf-hub:OWNER/NAME, or a folder of tools.export --format hf")
     add("--resume", default="",
-        help="checkpoint to continue (or to evaluate); 'auto': the newest valid one of the output "
-        "folder, if there is one")
+        help="checkpoint to continue (or to evaluate), as for --finetune; 'auto': the newest valid "
+        "one of the output folder, if there is one")
     add("--start-epoch", type=int, default=0, help="first epoch without --resume")
     add_switch(group, "--eval", default=False, help="evaluate and stop")
     add("--eval-interval", type=int, default=1, help="epochs between evaluations")
@@ -512,7 +514,7 @@ def data_config(
         stored: a model's pretrained_cfg, or `pretrained_config` with a checkpoint's data_config.
 
     Returns:
-        Plain values by timm's names: input_size (H, W), crop_pct in (0, 1], mean and std of the
+        Plain values by timm's names: input_size (H, W), crop_pct in [0.1, 1], mean and std of the
         channels, interpolation.
     """
     flags = {"crop_pct": args.eval_crop_ratio, "mean": args.mean, "std": args.std}

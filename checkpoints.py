@@ -101,8 +101,10 @@ def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint to the CPU without running anything stored in it.
 
     Args:
-        path: a file, or an http(s) address. This project's checkpoints, DeiT's and EViT's,
-            facebook's and timm's DeiT-III and DINOv2, and bare state dicts are all read.
+        path: a file, an http(s) address, hf-hub:OWNER/NAME, or a folder as
+            `timm.models.save_for_hf` writes it. This project's checkpoints, DeiT's and EViT's,
+            facebook's and timm's DeiT-III and DINOv2, and bare state dicts (.safetensors too) are
+            all read.
 
     Returns:
         What is stored, in one layout: under "model" (and "model_ema") weights by timm's names, and
@@ -112,11 +114,10 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         InputError: the file is missing, damaged, or not a checkpoint.
     """
-    path = str(path)
+    path = file = str(path)
     try:
         silent = warnings.catch_warnings(action="ignore")  # of tensors that are refused below
         with torch.serialization.safe_globals(SAFE_GLOBALS), silent:
-            file = path
             if path.startswith(("http://", "https://")):
                 file = download_cached_file(path, check_hash=True)
             if path.startswith("hf-hub:") or os.path.isdir(file):
@@ -134,7 +135,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except FileNotFoundError as problem:
         raise InputError(f"no such checkpoint: {path}") from problem
     except pickle.UnpicklingError as problem:  # its message advises to run what is stored
-        reason = _refused_types(path, problem)
+        reason = _refused_types(file, problem)
     except InputError as problem:
         reason = str(problem)
     except Exception as problem:  # damaged files fail in every way that a reader can

@@ -164,8 +164,8 @@ def build_transform(
     """Builds DeiT's transform from an RGB image to a (3, H, W) float32 tensor, normalised.
 
     Training is timm's `create_transform`; without random erasing where `aa` is "3a", DeiT-III's
-    3-Augment. Evaluation resizes the image (bicubic, antialiased) so that it covers
-    (H, W) / crop_pct, then crops (H, W) from its centre. Inputs of at most 32 x 32 follow DeiT's
+    3-Augment. Evaluation resizes the image (antialiased) so that it covers (H, W) / crop_pct, then
+    crops (H, W) from its centre. Inputs of at most 32 x 32 follow DeiT's
     rule for CIFAR: train on random crops of the padded image, evaluate on the whole of it; images
     of another size are resized to cover the input first. `src` (simple random crop) asks for such
     training crops at any size, with "3a" out of an image whose borders are mirrored.
@@ -174,8 +174,8 @@ def build_transform(
         is_train: for training or for evaluation.
         args: for training reads src, color_jitter, aa, train_interpolation, reprob, remode and
             recount; for evaluation nothing.
-        data_config: input_size, (H, W) or one number for both; crop_pct in (0, 1]; mean and std of
-            the channels; as `arguments.data_config` gives it.
+        data_config: input_size, (H, W) or one number for both; crop_pct in [0.1, 1]; mean and std
+            of the channels; the evaluation's interpolation; as `arguments.data_config` gives it.
     """
     size = image_size(data_config["input_size"])
     _check_data_config(data_config)
@@ -183,13 +183,8 @@ def build_transform(
         return _train_transform(size, args, data_config)
     ratio = 1.0 if max(size) <= SMALL_INPUT else data_config["crop_pct"]
     normalize = transforms.Normalize(data_config["mean"], data_config["std"])
-    return transforms.Compose(
-        [
-            *cover_and_crop(size, ratio, data_config["interpolation"]),
-            transforms.ToTensor(),
-            normalize,
-        ]
-    )
+    crop = cover_and_crop(size, ratio, data_config["interpolation"])
+    return transforms.Compose([*crop, transforms.ToTensor(), normalize])
 
 
 def _check_data_config(config: Mapping[str, object]) -> None:

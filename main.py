@@ -342,9 +342,7 @@ def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bo
     wrapped = model
     if get_world_size() > 1:
         wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-        image = torch.zeros(
-            1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device=device
-        )
+        image = torch.zeros(1, 3, *model.patch_embed.img_size, device=device)
         (0 * wrapped(image).sum()).backward()
         model.zero_grad()
     if compiled:  # after the pass above, whose one image would need a graph of its own

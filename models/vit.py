@@ -117,29 +117,27 @@ def find_importance(q: Tensor, k: Tensor, scale: float, importance: str) -> Tens
 # Blocks -----------------------------------------------------------------------------------------
 
 
-class ReducingBlock:
-    """What a reducing block is beside timm's: a stage between its attention and its MLP.
+class ReductionSettings:
+    """What a reducing model and its reducing blocks hold alike: keywords of `make_reducing`."""
 
-    Subclasses also inherit from timm's class. `attend` ends with the attention residual and
-    `feed_forward` goes on from there, in the arithmetic of that class.
-    """
-
-    stage: int  # 0, 1, ...: which of the model's stages this block holds
-    num_prefix_tokens: int  # class, distillation and register tokens, which are never reduced
     reduction: str
     cluster_ratio: float
     match_ratio: float
     merge_weights: str
     reduction_seed: int
-    importance: str
+    importance: str  # one of IMPORTANCES
 
-    def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, L, D) tokens after the attention residual, and (B, L) their importance."""
-        raise NotImplementedError
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) tokens after the MLP and its residual."""
-        raise NotImplementedError
+class ReducingBlock(ReductionSettings):
+    """What a reducing block is beside timm's: a stage between its attention and its MLP.
+
+    Subclasses also inherit from timm's class, in whose arithmetic they have two halves:
+    `attend(x, rope)` gives the tokens (B, L, D) after the attention residual and their importance
+    (B, L), `feed_forward(x)` the tokens after the MLP and its residual.
+    """
+
+    stage: int  # 0, 1, ...: which of the model's stages this block holds
+    num_prefix_tokens: int  # class, distillation and register tokens, which are never reduced
 
     @property
     def keep_rate(self) -> float:
@@ -266,18 +264,8 @@ class ReducingParallelScalingBlock(ReducingBlock, ParallelScalingBlock):
 # Models -----------------------------------------------------------------------------------------
 
 
-class ReducingTransformer:
-    """What a reducing model is beside timm's; `make_reducing` makes it.
-
-    Attributes, beside the keywords of `make_reducing`: `importance`, one of IMPORTANCES.
-    """
-
-    reduction: str
-    cluster_ratio: float
-    match_ratio: float
-    merge_weights: str
-    reduction_seed: int
-    importance: str
+class ReducingTransformer(ReductionSettings):
+    """What a reducing model is beside timm's; `make_reducing` makes it."""
 
     @property
     def reduction_loc(self) -> tuple[int, ...]:

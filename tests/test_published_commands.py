@@ -123,6 +123,11 @@ COMMANDS = {
     "--smoothing 0.1 --warmup-epochs 5 --drop 0.0 --nb-classes 1000 --seed 0 --opt adamw "
     "--warmup-lr 1e-6 --mixup .8 --drop-path 0.2 --cutmix 1.0 --unscale-lr --aa "
     "rand-m9-mstd0.5-inc1 --no-repeated-aug --finetune CKPT",
+    "deit-iii finetuning at 384": "--model MODEL --data-path DATA --batch 64 --lr 1e-5 --epochs 20 "
+    "--weight-decay 0.1 --sched cosine --input-size 384 --reprob 0.0 --node 1 --gpu 8 "
+    "--smoothing 0.1 --warmup-epochs 5 --drop 0.0 --nb-classes 1000 --seed 0 --opt adamw "
+    "--warmup-lr 1e-6 --mixup .8 --drop-path 0.0 --cutmix 1.0 --unscale-lr --no-repeated-aug "
+    "--color-jitter 0.3 --aa rand-m9-mstd0.5-inc1 --finetune CKPT",
     "deit-iii on imagenet-21k": "--model MODEL --data-path DATA --batch 128 --lr 0.001 "
     "--epochs 240 --weight-decay 0.02 --sched cosine --input-size 224 --reprob 0.0 --node 2 "
     "--gpu 8 --smoothing 0.1 --warmup-epochs 5 --drop 0.0 --nb-classes 1000 --seed 0 "
