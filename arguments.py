@@ -493,6 +493,7 @@ def pretrained_config(model_name: str) -> dict:
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "interpolation": "bicubic",
+        "crop_mode": "center",
     }
     try:
         known = timm.get_pretrained_cfg(model_name)
@@ -515,13 +516,14 @@ def data_config(
 
     Returns:
         Plain values by timm's names: input_size (H, W), crop_pct in [0.1, 1], mean and std of the
-        channels, interpolation.
+        channels, interpolation, crop_mode ("center" or "squash").
     """
     flags = {"crop_pct": args.eval_crop_ratio, "mean": args.mean, "std": args.std}
     flags |= {"interpolation": args.interpolation}
     known = pretrained_config(DEFAULT_MODEL) | dict(stored)
     config = {name: _plain(known[name] if v is None else v) for name, v in flags.items()}
-    return {"input_size": to_2tuple(input_size)} | config
+    fixed = {"input_size": to_2tuple(input_size), "crop_mode": known["crop_mode"]}
+    return fixed | config
 
 
 def _plain(value: object) -> object:

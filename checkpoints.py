@@ -69,7 +69,7 @@ SCHEDULE_FLAGS = (
 )  # fmt: skip
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
 MOST_BLOCKS = 1000
-HUB_INPUTS = ("crop_pct", "mean", "std", "interpolation")
+HUB_INPUTS = ("crop_pct", "mean", "std", "interpolation", "crop_mode")
 MOST_PIXELS = 2**13  # a side
 # What an optimizer's parameter groups must agree in with the flags.
 HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")

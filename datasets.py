@@ -35,6 +35,7 @@ from inputs.images import (
     ResizeToCover,
     allow_posterize_to_black,
     cover_and_crop,
+    evaluation_crop,
     image_size,
     load_image,
 )
@@ -164,26 +165,27 @@ def build_transform(
     """Builds DeiT's transform from an RGB image to a (3, H, W) float32 tensor, normalised.
 
     Training is timm's `create_transform`; without random erasing where `aa` is "3a", DeiT-III's
-    3-Augment. Evaluation resizes the image (antialiased) so that it covers (H, W) / crop_pct, then
-    crops (H, W) from its centre. Inputs of at most 32 x 32 follow DeiT's
-    rule for CIFAR: train on random crops of the padded image, evaluate on the whole of it; images
-    of another size are resized to cover the input first. `src` (simple random crop) asks for such
-    training crops at any size, with "3a" out of an image whose borders are mirrored.
+    3-Augment. Evaluation resizes the image (antialiased) so that it covers (H, W) / crop_pct (or,
+    with the crop mode "squash", is as large), then crops (H, W) from its centre. Inputs of at most
+    32 x 32 follow DeiT's rule for CIFAR: train on random crops of the padded image, evaluate on the
+    whole of it; images of another size are resized to cover the input first. `src` (simple random
+    crop) asks for such training crops at any size, with "3a" out of an image whose borders are
+    mirrored.
 
     Args:
         is_train: for training or for evaluation.
         args: for training reads src, color_jitter, aa, train_interpolation, reprob, remode and
             recount; for evaluation nothing.
         data_config: input_size, (H, W) or one number for both; crop_pct in [0.1, 1]; mean and std
-            of the channels; the evaluation's interpolation; as `arguments.data_config` gives it.
+            of the channels; the evaluation's interpolation and crop_mode; as
+            `arguments.data_config` gives it.
     """
     size = image_size(data_config["input_size"])
     _check_data_config(data_config)
     if is_train:
         return _train_transform(size, args, data_config)
-    ratio = 1.0 if max(size) <= SMALL_INPUT else data_config["crop_pct"]
     normalize = transforms.Normalize(data_config["mean"], data_config["std"])
-    crop = cover_and_crop(size, ratio, data_config["interpolation"])
+    crop = cover_and_crop(size, **evaluation_crop(size, data_config))
     return transforms.Compose([*crop, transforms.ToTensor(), normalize])
 
 
@@ -193,6 +195,8 @@ def _check_data_config(config: Mapping[str, object]) -> None:
         ratio, mean, std = config["crop_pct"], *torch.tensor([config["mean"], config["std"]])
         if not 0.1 <= ratio <= 1:  # the whole image is resized to its input size / ratio
             raise ValueError(f"the crop ratio is {ratio}, allowed: 0.1 to 1")
+        if config["crop_mode"] not in ("center", "squash"):
+            raise ValueError(f"the crop mode is {config['crop_mode']!r}, known: center and squash")
         if len(std) != 3 or not mean.isfinite().all() or not (std > 0).all():
             raise ValueError("mean and std must be three numbers each, std above 0")
 

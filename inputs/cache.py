@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler
 from torchvision import transforms
 
-from inputs.images import CROP_PADDING, SMALL_INPUT, cover_and_crop
+from inputs.images import CROP_PADDING, SMALL_INPUT, cover_and_crop, evaluation_crop
 from samplers import EvalSampler, TrainSampler
 from utils import InputError, in_turns, logger
 
@@ -60,8 +60,8 @@ def check_cacheable(args: Namespace, dataset) -> None:
 def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device) -> np.ndarray:
     """Opens the file of a data set's decoded images, after making it if it is not there.
 
-    An image is resized to cover (H, W) / crop ratio and cropped to the (H, W) of the data set's
-    inputs from its centre; the ratio is 1 in training and for small inputs, else crop_pct.
+    An image becomes what `cover_and_crop` makes of it at the (H, W) of the data set's inputs: for
+    evaluation with the settings of its data_config, for training the middle of the whole image.
     The file's name says which files, of which sizes and times, it was made from. One process of
     each machine makes it, the others wait.
 
@@ -69,27 +69,26 @@ def cached_images(args: Namespace, dataset, is_train: bool, device: torch.device
         (images, 3, H, W) uint8, memory-mapped; what is written to it stays in this process.
     """
     rows, cols = dataset.image_size
-    whole = is_train or max(rows, cols) <= SMALL_INPUT
-    crop_ratio = 1.0 if whole else dataset.data_config["crop_pct"]
+    crop = {} if is_train else evaluation_crop(dataset.image_size, dataset.data_config)
     paths = [path for path, _ in getattr(dataset.source, "samples", ())]
     stats = [os.stat(path) for path in paths if os.path.exists(path)]  # decoding names the others
     size, time = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
-    digest = _digest(digest_dataset(dataset), rows, cols, crop_ratio, size, time)[:12]
+    digest = _digest(digest_dataset(dataset), rows, cols, crop, size, time)[:12]
     path = Path(args.image_cache) / f"{'train' if is_train else 'val'}-{rows}x{cols}-{digest}.npy"
     try:
         with in_turns(device):
             if not path.exists():
                 logger.info(f"decoding {len(dataset)} images into {path}")
-                _decode(dataset, crop_ratio, path)
+                _decode(dataset, crop, path)
     except OSError as problem:
         reason = problem.strerror or problem
         raise InputError(f"--image-cache: cannot write {path}: {reason}") from problem
     return np.load(path, mmap_mode="c")
 
 
-def _decode(dataset, crop_ratio: float, path: Path) -> None:
+def _decode(dataset, crop_settings: dict[str, object], path: Path) -> None:
     """Writes the file, whole or not at all, even if another run does so at the same time."""
-    crop = transforms.Compose(cover_and_crop(dataset.image_size, crop_ratio))
+    crop = transforms.Compose(cover_and_crop(dataset.image_size, **crop_settings))
     shape = (len(dataset), 3, *dataset.image_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:

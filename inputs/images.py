@@ -3,7 +3,7 @@
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -114,13 +114,28 @@ class ResizeToCover:
 
 
 def cover_and_crop(
-    size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic"
+    size: tuple[int, int],
+    crop_ratio: float = 1.0,
+    interpolation: str = "bicubic",
+    crop_mode: str = "center",
 ) -> list[Callable]:
-    """The steps to the middle (H, W) of an image resized to cover (H, W) / crop_ratio."""
+    """The steps to the middle (H, W) of an image resized to cover (H, W) / crop_ratio.
+
+    With timm's crop mode "squash" it is resized to exactly that, whatever its aspect ratio.
+    """
     rows, cols = size
     covered = int(rows / crop_ratio), int(cols / crop_ratio)
-    cover = ResizeToCover(covered, interpolation)
-    return [cover, transforms.CenterCrop(size)]
+    if crop_mode == "squash":
+        resize = transforms.Resize(covered, transforms.InterpolationMode(interpolation))
+    else:
+        resize = ResizeToCover(covered, interpolation)
+    return [resize, transforms.CenterCrop(size)]
+
+
+def evaluation_crop(size: tuple[int, int], config: Mapping[str, object]) -> dict[str, object]:
+    """`cover_and_crop`'s settings for evaluation; small inputs see the whole image."""
+    ratio = 1.0 if max(size) <= SMALL_INPUT else config["crop_pct"]
+    return {"crop_ratio": ratio} | {name: config[name] for name in ("interpolation", "crop_mode")}
 
 
 def allow_posterize_to_black(transform: transforms.Compose) -> None:

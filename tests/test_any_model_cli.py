@@ -157,7 +157,13 @@ def test_own_models_are_exported_as_timms(trained: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*FAMILIES, "bat_deit_small_patch16_224", "deit_small_patch16_224"]
+    "name",
+    [
+        *FAMILIES,
+        "bat_deit_small_patch16_224",
+        "deit_small_patch16_224",
+        "vit_base_patch16_clip_384.laion2b_ft_in1k",  # squashed
+    ],
 )
 def test_inputs_are_those_of_timms_weights_unless_a_flag_says_otherwise(name: str) -> None:
     parser, known = get_args_parser(), timm.get_pretrained_cfg(name)
@@ -165,7 +171,8 @@ def test_inputs_are_those_of_timms_weights_unless_a_flag_says_otherwise(name: st
     assert model_arguments(args)["img_size"] == known.input_size[1:]
     config = data_config(args, 32, pretrained_config(name))
     assert config == {"input_size": (32, 32)} | {
-        key: getattr(known, key) for key in ("crop_pct", "mean", "std", "interpolation")
+        key: getattr(known, key)
+        for key in ("crop_pct", "mean", "std", "interpolation", "crop_mode")
     }
     if name.startswith("bat_"):
         assert config["crop_pct"] == 0.875

@@ -319,7 +319,10 @@ INSIDE = {
         {"model_name": ["a"]}, {"nonsense": 1}, {"num_heads": torch.ones(2)}, {"device": "meta"},
         {"in_chans": 1}, {"features_only": True}, {"reduction_loc": 7},
     ],
-    "data_config": [{"crop_pct": "a"}, {"crop_pct": 0}, {"mean": [1, 2]}, {"std": [0, 1, 1]}],
+    "data_config": [
+        {"crop_pct": "a"}, {"crop_pct": 0}, {"mean": [1, 2]}, {"std": [0, 1, 1]},
+        {"crop_mode": "border"},
+    ],
     "model": [
         {"norm.weight": torch.ones(32, dtype=torch.complex64)},
         {"norm.weight": torch.ones(32, dtype=torch.int64)},

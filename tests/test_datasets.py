@@ -105,6 +105,14 @@ def test_evaluation_matches_torchvision():
     assert torch.equal(transform(image), transforms.Normalize(MEAN, STD)(expected))
 
 
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_a_squashed_image_is_timms(crop_pct):
+    image = random_image(np.random.default_rng(1), 90, 61)
+    config = config_of(dataset_args(""), 64) | {"crop_mode": "squash", "crop_pct": crop_pct}
+    theirs = create_transform(64, interpolation="bicubic", crop_pct=crop_pct, crop_mode="squash")
+    assert torch.equal(build_transform(False, dataset_args(""), config)(image), theirs(image))
+
+
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "none"])
 def test_training_matches_timm(aa):
     args = dataset_args("", aa=aa)

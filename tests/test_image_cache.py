@@ -51,6 +51,17 @@ def test_evaluation_equals_the_ordinary_loader(data_path, tmp_path, input_size):
     assert_same(ours, theirs)
 
 
+def test_evaluation_follows_the_data_config(data_path, tmp_path):
+    args = cache_args(data_path, tmp_path, input_size=(40, 56), eval=True)
+    files = set()
+    for changes in ({}, {"interpolation": "bilinear"}, {"crop_mode": "squash"}):
+        dataset, _ = build_dataset(False, args, config_of(args) | changes)
+        ours = build_cached_loader(args, dataset, EvalSampler(24), CPU)
+        assert_same(ours, DataLoader(dataset, batch_size=5, sampler=EvalSampler(24)))
+        files.add(ours.images.numpy().tobytes())
+    assert len(files) == 3
+
+
 def test_crops_and_flips_are_torchvisions():
     rng = np.random.default_rng(0)
     picture = torch.from_numpy(np.asarray(random_image(rng, 12, 10)).copy()).permute(2, 0, 1)

@@ -192,7 +192,9 @@ def test_crop_and_normalisation_travel_with_the_checkpoint(
     assert call_main(*base, *flags, *own, "--output-dir", tmp_path).returncode == 0
     config = load_checkpoint(tmp_path / "best.pth")["data_config"]
     values = {"input_size": (48, 48), "crop_pct": 0.5, "mean": (0.5, 0.4, 0.3)}
-    assert config == values | {"std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
+    assert config == values | {"std": (0.2, 0.3, 0.4), "interpolation": "bicubic"} | {
+        "crop_mode": "center"
+    }
     [entry] = read_log(tmp_path)
     evaluated = ["--eval", "--resume", tmp_path / "best.pth", *RUN_FLAGS, "--data-path", data_path]
     line = f"Acc@1 {entry['test_acc1']:.3f}  Acc@5 100.000  loss {entry['test_loss']:.4f}"
