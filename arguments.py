@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import timm
@@ -17,8 +18,8 @@ from timm.layers import to_2tuple
 from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
-from models.reduction import MERGE_WEIGHTS, Reduction
-from models.vit import IMPORTANCES, REDUCTION_KEYWORDS
+from models.reduction import FEATURES, MERGE_WEIGHTS, PROPORTIONAL, Reduction
+from models.vit import REDUCTION_KEYWORDS
 from models.weights import WEIGHT_SOURCES, inherited_settings
 
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
@@ -229,8 +230,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="matched pairs per kept token that is not a cluster, in [0, 1]; default: the "
         "checkpoint's, or 0.1")
     add("--merge-weights", choices=MERGE_WEIGHTS,
-        help="weights inside a merged token; default: the checkpoint's, or importance")
-    add("--importance", choices=IMPORTANCES,
+        help="weights inside a merged token: of bat, its importance, 1, or the patches it stands "
+        "for; default: the checkpoint's, or importance")
+    add("--features", choices=FEATURES,
+        help="what clustering and matching compare: tokens, or keys of the block's attention "
+        "(mean over heads); default: the checkpoint's, or tokens")
+    add("--density-neighbors", type=at_least(0), metavar="N",
+        help="nearest tokens, itself included, that a density is the mean over; 0: all; default: "
+        "the checkpoint's, or 5")
+    add("--proportional-attention", choices=PROPORTIONAL,
+        help="attend to a merged token as to the patches it stands for (log size on its key's "
+        "logits); auto: the method's own; default: the checkpoint's, or auto")
+    add("--tome-r", type=at_least(1), metavar="R",
+        help="tokens that each stage removes, instead of --keep-rate: ToMe's r. Makes tome the "
+        "published method (on keys, in all blocks by default); for tome and ppt")
+    add("--ppt-threshold", type=finite,
+        help="variance of the scores from which on ppt prunes; default: the checkpoint's, or 7e-5")
+    add("--evo-readout", choices=("class", "mean"),
+        help="evo classifies the class token, or the mean patch with a second head in training; "
+        "default: the checkpoint's, or class")
+    add("--importance", choices=("class", "received"),
         help="of a token: the class token's attention to it, or what it receives from all tokens; "
         "default: the checkpoint's, or class where there is a class token")
 
@@ -421,6 +440,49 @@ def reduction_method(text: str) -> str:
     return text
 
 
+def reduction_variant(text: str) -> dict:
+    """Keywords of `make_reducing` in METHOD,NAME=VALUE,...; of several values: 4+8.
+
+    Raises:
+        ValueError: a word is no pair, or there is no such setting.
+    """
+    method, *pairs = text.split(",")
+    variant = {"reduction": method}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in REDUCTION_KEYWORDS:
+            raise ValueError(f"'{pair}' is not NAME=VALUE; names: {', '.join(REDUCTION_KEYWORDS)}")
+        parts = [_number(part) for part in value.split("+")]
+        variant[name] = parts if len(parts) > 1 or name == "reduction_loc" else parts[0]
+    return variant
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def variant_name(text: str) -> str:
+    """argparse's type for a `reduction_variant`, which stays text."""
+    try:
+        reduction_method(reduction_variant(text)["reduction"])
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
+    return text
+
+
+def with_method(settings: Mapping, **changes: object) -> dict:
+    """The settings of a reduction with others; of another method, without the first one's own."""
+    settings = dict(settings)
+    if changes.get("reduction") not in (None, settings.get("reduction")):
+        settings.pop("tome_r", None)
+        if "tome_r" in changes:  # whose blocks are others by default
+            settings.pop("reduction_loc", None)
+    return settings | changes
+
+
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="main.py", description="Train and evaluate token-reducing Vision Transformers."
@@ -475,6 +537,9 @@ def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> 
         Plain values that a checkpoint can hold; "num_classes" only where something says it.
     """
     stored = inherited_settings(stored or {}, args.model)
+    if args.reduction is not None or args.tome_r is not None:
+        changes = {"reduction": args.reduction, "tome_r": args.tome_r}
+        stored = with_method(stored, **{n: v for n, v in changes.items() if v is not None})
     flags = {"model_name": args.model, "img_size": args.input_size, "num_classes": args.nb_classes}
     flags |= {name: getattr(args, name) for name in REDUCTION_FLAGS}
     given = {name: _plain(value) for name, value in flags.items() if value is not None}

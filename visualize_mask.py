@@ -67,6 +67,7 @@ KIND_LABELS = {
     PatchKind.CLUSTER: "clustered: mean colour",
     PatchKind.MIXED: "mixed (both): mean colour",
     PatchKind.DROPPED: "dropped: hatched",
+    PatchKind.WAITING: "waiting: pale",
 }
 FRAME_GREY = 150
 PANELS_PER_ROW = 4
@@ -145,7 +146,8 @@ def draw_stage(
     A token of one patch shows its pixels, a merged token the rounded mean of all pixels of all of
     its patches. One of its pixels is border when something of another kind, or the outside, is
     among the eight pixels around it, or another token among the three above and to the left: one
-    line between two tokens of one kind. Dropped patches are white, with grey diagonal lines.
+    line between two tokens of one kind. Dropped patches are white, with grey diagonal lines;
+    waiting ones show their pixels, pale.
 
     Args:
         image: (H, W, 3) uint8; H and W are multiples of the grid's rows and columns.
@@ -162,13 +164,15 @@ def draw_stage(
     means = [ndimage.mean(image[..., i], labels, tokens) for i in range(3)]
     means = np.rint(np.stack(means, axis=-1)).astype(np.uint8)  # (K, 3)
 
-    is_merged = (kinds > PatchKind.SINGLE)[..., None]
+    is_merged = np.isin(kinds, list(BORDER_COLOURS))[..., None]
     panel = np.where(is_merged, means[np.searchsorted(tokens, labels)], image)
     panel, labels, kinds = (_enlarge(array, scale, scale) for array in (panel, labels, kinds))
     period = max(4, min(cell) * scale // 4)
     is_line = np.add.outer(*map(np.arange, kinds.shape)) % period < period // 4
     dropped = kinds == PatchKind.DROPPED
     panel[dropped] = np.where(is_line, FRAME_GREY, 255)[dropped][:, None]
+    waiting = kinds == PatchKind.WAITING
+    panel[waiting] = 255 - (255 - panel[waiting]) // 4
     border = _varies(kinds, 3) | _varies(labels, 2)
     for merged, colour in BORDER_COLOURS.items():
         panel[border & (kinds == merged)] = colour
@@ -280,6 +284,7 @@ def _add_legend(
 ) -> None:
     """`place` is the legend's lower left corner, as shares of the figure."""
     looks = {kind: {"ec": np.divide(c, 255), "lw": 2} for kind, c in BORDER_COLOURS.items()}
+    looks |= {PatchKind.WAITING: {"fc": "0.93", "lw": 0}}
     looks |= {PatchKind.DROPPED: {"fc": "white", "ec": "0.6", "lw": 0, "hatch": "//////"}}
     handles = [
         Patch(**{"fc": "0.75", "label": label} | looks.get(kind, {}))
@@ -307,8 +312,10 @@ def describe_tokens(stage: Panel) -> str:
     words = {PatchKind.PAIR: "matched", PatchKind.CLUSTER: "clustered", PatchKind.MIXED: "mixed"}
     for kind, word in words.items():
         text += f", {counts[kind]} {word}" if counts[kind] else ""
-    num_dropped = np.sum(stage.kind == PatchKind.DROPPED)
-    return text + (f"; dropped patches: {num_dropped}" if num_dropped else "")
+    for kind in (PatchKind.DROPPED, PatchKind.WAITING):
+        number = np.sum(stage.kind == kind)
+        text += f"; {kind.name.lower()} patches: {number}" if number else ""
+    return text
 
 
 @torch.no_grad()

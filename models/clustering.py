@@ -89,35 +89,46 @@ def descending_rank(values: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(1, order, position)
 
 
-def class_token_importance(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+def class_token_importance(
+    query: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
     """The class token's attention row, averaged over heads: BAT's and EViT's importance.
 
     Args:
         query: (B, H, 1, D / H) the class token's query.
         keys: (B, H, L, D / H) keys of all tokens, prefix tokens included.
         scale: factor on the products, 1 / sqrt(D / H) for a plain ViT.
+        bias: (B, L) float32 added to the logits of each key, or None.
 
     Returns:
         (B, L) float32 attention in [0, 1], summing to 1 over all tokens; differentiable.
     """
     # One row needs no matrix product, which would copy the strided keys first.
     row = ((query.float() * scale) * keys.float()).sum(dim=-1)  # (B, H, L)
+    if bias is not None:
+        row = row + bias.unsqueeze(1)
     return row.softmax(dim=-1).mean(dim=1)  # (B, L)
 
 
-def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def attention_received(
+    queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
     """The attention that a token gets, averaged over queries and heads: without a class token.
 
     Args:
         queries: (B, H, L, D / H) queries of all tokens.
         keys: (B, H, L, D / H) their keys.
         scale: factor on the products.
+        bias: as in `class_token_importance`.
 
     Returns:
         (B, L) float32 attention in [0, 1], summing to 1 over all tokens; differentiable.
     """
     logits = matmul_float32((queries.float() * scale).flatten(0, 1), keys.flatten(0, 1).mT)
-    return logits.softmax(dim=-1).mean(dim=1).unflatten(0, queries.shape[:2]).mean(dim=1)
+    logits = logits.unflatten(0, queries.shape[:2])  # (B, H, L, L)
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
 def squared_distances(x: Tensor) -> Tensor:
@@ -169,7 +180,9 @@ def density_peaks(x: Tensor, num_clusters: int, k: int = 5) -> Tensor:
     squared = squared_distances(x.detach())  # (B, M, M)
 
     # Step 1: density from the k nearest neighbours, in logarithms so that it never saturates.
-    nearest = squared.topk(min(k, num_tokens), dim=-1, largest=False).values  # (B, M, k)
+    nearest = squared  # (B, M, M)
+    if k < num_tokens:
+        nearest = squared.topk(k, dim=-1, largest=False).values  # (B, M, k)
     log_rho = -nearest.mean(dim=-1)  # (B, M)
 
     # Step 2: distance to the nearest denser token, denser[b, i, j] = "j is denser than i".
@@ -206,19 +219,49 @@ def match_pairs(x: Tensor, num_pairs: int) -> Tensor:
     Raises:
         ValueError: num_pairs is outside 0 .. floor(A / 2).
     """
+    order = torch.arange(x.shape[1], device=x.device)
+    return _match(x, num_pairs, 0, order)
+
+
+def match_patches(x: Tensor, num_pairs: int, num_prefix_tokens: int = 1) -> Tensor:
+    """ToMe's bipartite soft matching (Bolya et al., ICLR 2023, section 3) of the patch tokens.
+
+    As `match_pairs`, but places are counted from the first prefix token, which is never merged (the
+    published code protects the class and the distillation token), and the groups are numbered as
+    the published code puts them: sources that stay, then targets.
+
+    Args:
+        x: (B, N, D) what is compared, of the patch tokens.
+        num_pairs: sources to merge, 0 to floor(N / 2).
+        num_prefix_tokens: tokens in front of them.
+
+    Returns:
+        (B, N) int64 group in 0 .. N-P-1.
+    """
+    first = num_prefix_tokens % 2  # the first patch at an even place of the sequence
+    position = torch.arange(x.shape[1], device=x.device)
+    return _match(x, num_pairs, first, torch.cat([position[first::2], position[1 - first :: 2]]))
+
+
+def _match(x: Tensor, num_pairs: int, first: int, order: Tensor) -> Tensor:
+    """(B, N) groups of `match_pairs`, the sources being `first`, `first` + 2, ...
+
+    `order` (N,) says in which order of the tokens that stay the groups are numbered.
+    """
     batch, num_tokens, _ = x.shape
     if not 0 <= num_pairs <= num_tokens // 2:
         raise ValueError(f"num_pairs must be in 0 .. {num_tokens // 2}, got {num_pairs}")
-    position = torch.arange(num_tokens, device=x.device).expand(batch, -1)  # (B, A)
-    if num_pairs == 0:
-        return position
-    x = x.detach().float()
-    unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    similarity = inner_products(unit[:, ::2], unit[:, 1::2])  # (B, A/2, A/2)
-    best, mate = similarity.clamp(max=MAX_COSINE).max(dim=-1)  # max returns the first of equals
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    source = order[:, :num_pairs]  # (B, P)
-    target = 2 * mate.gather(1, source) + 1  # (B, P) positions among the A tokens
-    stays = torch.ones_like(position, dtype=torch.bool).scatter(1, 2 * source, False)
-    rank = stays.cumsum(dim=-1) - 1  # (B, A) groups numbered by the tokens that stay
-    return rank.scatter(1, 2 * source, rank.gather(1, target))
+    order = order.expand(batch, -1)  # (B, N)
+    stays = torch.ones_like(order, dtype=torch.bool)
+    if num_pairs > 0:
+        x = x.detach().float()
+        unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        similarity = inner_products(unit[:, first::2], unit[:, 1 - first :: 2])  # (B, N/2, N/2)
+        best, mate = similarity.clamp(max=MAX_COSINE).max(dim=-1)  # max returns the first of equals
+        strongest = best.argsort(dim=-1, descending=True, stable=True)[:, :num_pairs]  # (B, P)
+        source = 2 * strongest + first  # (B, P) positions among the N tokens
+        target = 2 * mate.gather(1, strongest) + 1 - first
+        stays = stays.scatter(1, source, False)
+    number = stays.gather(1, order).cumsum(dim=-1) - 1  # (B, N) in that order
+    group = torch.empty_like(order).scatter(1, order, number)
+    return group if num_pairs == 0 else group.scatter(1, source, group.gather(1, target))

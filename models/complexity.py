@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .reduction import get_reduction
 from .vit import ReducingTransformer
 
 FLOPS_PER_GMAC = 2e9  # one multiply-accumulate counts as two operations
@@ -59,11 +58,18 @@ def count_gmacs(model: nn.Module) -> float:
 
 def describe_reduction(model: ReducingTransformer) -> str:
     """The model's reduction in one line."""
-    return (
-        f"reduction {model.reduction}, keep rates {_join(model.keep_rates)}, "
-        f"blocks {_join(model.reduction_loc)}, cluster ratio {model.cluster_ratio:g}, "
-        f"match ratio {model.match_ratio:g}, merge weights {model.merge_weights}"
-    )
+    settings = model.settings
+    words = [
+        f"reduction {settings.reduction}",
+        f"keep rates {_join(model.keep_rates)}",
+        f"blocks {_join(model.reduction_loc)}",
+        f"cluster ratio {settings.cluster_ratio:g}",
+        f"match ratio {settings.match_ratio:g}",
+        f"merge weights {settings.merge_weights}",
+        f"proportional attention {'on' if settings.is_proportional else 'off'}",
+    ]
+    words += [f"tokens removed a stage {settings.tome_r}"] * (settings.tome_r is not None)
+    return ", ".join(words)
 
 
 def describe(model: ReducingTransformer) -> str:
@@ -118,7 +124,8 @@ def find_keep_rate(model: ReducingTransformer, target_gmacs: float) -> float:
     Raises:
         ValueError: even the smallest keep rate needs more, or the model has no stage.
     """
-    if not model.reduction_loc or not get_reduction(model.reduction).reduces:
+    settings = model.settings
+    if not model.reduction_loc or not settings.method.reduces or settings.tome_r is not None:
         raise ValueError("target GMACs need a model that reduces tokens")
     model = copy.deepcopy(model).to("meta")
 

@@ -18,14 +18,25 @@ Transformers", CVPR 2023, arXiv 2211.11315; the baselines name theirs.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .clustering import density_peaks, descending_rank, gather_tokens, match_pairs, matmul_float32
+from .clustering import (
+    density_peaks,
+    descending_rank,
+    gather_tokens,
+    match_pairs,
+    match_patches,
+    matmul_float32,
+)
 
-MERGE_WEIGHTS = ("importance", "mean")
+MERGE_WEIGHTS = ("importance", "mean", "size")
+FEATURES = ("tokens", "keys")
+PROPORTIONAL = ("auto", "on", "off")
 
 
 # How many tokens a stage keeps, and how it spends them -------------------------------------------
@@ -84,7 +95,7 @@ def token_budget(
     check_fraction("match_ratio", match_ratio, zero=True)
     kept = max(1, math.ceil(keep_rate * num_tokens - 1e-9))
     if kept >= num_tokens:
-        return TokenBudget(num_tokens, 0, 0, num_tokens, 0)
+        return plain_budget(num_tokens, num_tokens)
     clusters = 0
     if cluster_ratio > 0:
         clusters = min(max(1, _round_half_up(cluster_ratio * kept)), max(kept - 1, 1))
@@ -92,6 +103,11 @@ def token_budget(
     pairs = min(_round_half_up(match_ratio * plain), num_tokens - kept, plain)
     attentive = plain + pairs
     return TokenBudget(kept, clusters, pairs, attentive, num_tokens - attentive)
+
+
+def plain_budget(num_tokens: int, kept: int) -> TokenBudget:
+    """The budget of K kept tokens of N without clusters and pairs."""
+    return TokenBudget(kept, 0, 0, kept, num_tokens - kept)
 
 
 def _round_half_up(value: float) -> int:
@@ -194,6 +210,100 @@ def _last_members(assignment: Tensor, num_groups: int) -> Tensor:
     return members.scatter(1, slots, position)[:, :num_groups]
 
 
+# Settings ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReductionSettings:
+    """How a model reduces its tokens, beside where (`reduction_loc`) and to how many (`keep_rate`).
+
+    Attributes:
+        reduction: the method, a name in REDUCTIONS.
+        cluster_ratio: share of the kept tokens that BAT spends on clusters, in [0, 1].
+        match_ratio: BAT's matched pairs per kept token that is not a cluster, in [0, 1].
+        merge_weights: of tokens in a group, for methods without weights of their own: one of
+            MERGE_WEIGHTS.
+        features: what clustering and matching compare, one of FEATURES: the tokens, or the keys of
+            the block's attention (mean over heads, before any rotation).
+        density_neighbors: tokens that a density is the mean over, itself included; 0: all.
+        proportional_attention: whether a key's logits get the logarithm of the number of patches
+            that its token stands for, in all blocks after the first stage (ToMe, section 3); one
+            of PROPORTIONAL, "auto" being the method's own.
+        tome_r: tokens that each stage removes instead of 1 - keep_rate, ToMe's r, at most half of
+            them; makes `tome` the published method; for `tome` and `ppt`.
+        ppt_threshold: variance of the scores from which on PPT prunes an image's tokens.
+        evo_readout: what Evo-ViT classifies: "class", the class token, as in DeiT; "mean", the mean
+            of all patch tokens, and in training the class token too, by a second head.
+        reduction_seed: random seed of methods with a random choice.
+        importance: "class": the class token's attention to a patch token; "received": the attention
+            that it gets from all tokens; None: "class" where there is a class token.
+    """
+
+    reduction: str = "bat"
+    cluster_ratio: float = 0.4
+    match_ratio: float = 0.1
+    merge_weights: str = "importance"
+    features: str = "tokens"
+    density_neighbors: int = 5
+    proportional_attention: str = "auto"
+    tome_r: int | None = None
+    ppt_threshold: float = 7e-5
+    evo_readout: str = "class"
+    reduction_seed: int = 0
+    importance: str | None = None
+
+    def __post_init__(self) -> None:
+        method = get_reduction(self.reduction)
+        check_fraction("cluster_ratio", self.cluster_ratio, zero=True)
+        check_fraction("match_ratio", self.match_ratio, zero=True)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("density_neighbors", "reduction_seed"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} must be an integer, at least 0, got {getattr(self, name)!r}"
+                )
+        if self.tome_r is not None:
+            if not method.takes_r:
+                raise ValueError(f"tome_r is for tome and ppt, not for '{self.reduction}'")
+            if type(self.tome_r) is not int or self.tome_r < 1:
+                raise ValueError(f"tome_r must be an integer, at least 1, got {self.tome_r!r}")
+        if not 0 <= self.ppt_threshold < math.inf:
+            raise ValueError(f"ppt_threshold must be at least 0, got {self.ppt_threshold}")
+        if self.evo_readout == "mean" and not method.waits:
+            raise ValueError(f"evo_readout 'mean' is for evo, not for '{self.reduction}'")
+
+    @property
+    def method(self) -> "Reduction":
+        """The registered method."""
+        return get_reduction(self.reduction)
+
+    @property
+    def is_proportional(self) -> bool:
+        """Whether attention is proportional to the patches that a token stands for."""
+        if self.proportional_attention != "auto":
+            return self.proportional_attention == "on"
+        return self.method.is_proportional or (self.reduction == "tome" and self.tome_r is not None)
+
+    def budget(self, num_tokens: int, keep_rate: float) -> TokenBudget:
+        """How a stage that this many tokens enter spends those that leave; rate 1 keeps all."""
+        if not self.method.reduces or keep_rate == 1:
+            return plain_budget(num_tokens, num_tokens)
+        if self.tome_r is not None:
+            return plain_budget(num_tokens, num_tokens - min(self.tome_r, num_tokens // 2))
+        return token_budget(num_tokens, keep_rate, self.cluster_ratio, self.match_ratio)
+
+
+CHOICES = {
+    "merge_weights": MERGE_WEIGHTS,
+    "features": FEATURES,
+    "proportional_attention": PROPORTIONAL,
+    "evo_readout": ("class", "mean"),
+    "importance": (None, "class", "received"),
+}
+
+
 # Methods: assign(stage, budget) -> (B, N) --------------------------------------------------------
 
 
@@ -204,15 +314,36 @@ class Stage(NamedTuple):
         x: (B, N, D) float32 patch tokens after the attention residual.
         importance: (B, N) float32 class-token attention to each of them.
         sizes: (B, N) float32 number of patches that each of them stands for.
+        settings: of the reduction.
+        keys: (B, H, N, D / H) their keys in the block's attention, before any rotation, and
+        values: (B, H, N, D / H) their values; None where there is no attention.
         index: 0, 1, ...: which of the model's stages this is.
-        seed: random seed of methods with a random choice.
+        num_prefix_tokens: class, distillation and register tokens in front of them.
     """
 
     x: Tensor
     importance: Tensor
     sizes: Tensor
+    settings: ReductionSettings
+    keys: Tensor | None = None
+    values: Tensor | None = None
     index: int = 0
-    seed: int = 0
+    num_prefix_tokens: int = 1
+
+    @property
+    def mean_keys(self) -> Tensor:
+        """(B, N, D / H) float32 keys, averaged over heads."""
+        return self.keys.float().mean(dim=1)
+
+    @property
+    def features(self) -> Tensor:
+        """(B, N, *) what clustering and matching compare."""
+        return self.mean_keys if self.settings.features == "keys" else self.x
+
+    @property
+    def neighbors(self) -> int:
+        """Tokens that a density is the mean over."""
+        return self.settings.density_neighbors or self.x.shape[1]
 
 
 def identity_assignment(x: Tensor) -> Tensor:
@@ -231,8 +362,9 @@ def bat_assignment(
     budget = token_budget(x.shape[1], keep_rate, cluster_ratio, match_ratio)
     if budget.keeps_all:
         return identity_assignment(x)
-    importance = importance.detach()
-    return assign_bat(Stage(x.detach(), importance, sizes=torch.ones_like(importance)), budget)
+    importance, settings = importance.detach(), ReductionSettings()
+    stage = Stage(x.detach(), importance, torch.ones_like(importance), settings=settings)
+    return assign_bat(stage, budget)
 
 
 def assign_bat(stage: Stage, budget: TokenBudget) -> Tensor:
@@ -244,11 +376,12 @@ def assign_bat(stage: Stage, budget: TokenBudget) -> Tensor:
         order.
     """
     order = stage.importance.argsort(dim=-1, descending=True, stable=True)  # (B, N)
-    ordered = gather_tokens(stage.x, order)  # (B, N, D)
+    ordered = gather_tokens(stage.features, order)  # (B, N, *)
     groups = match_pairs(ordered[:, : budget.attentive], budget.pairs)  # (B, A)
     inattentive = ordered[:, budget.attentive :]  # (B, M, D)
     if budget.clusters > 0:
-        clusters = density_peaks(inattentive, budget.clusters) + (budget.kept - budget.clusters)
+        clusters = density_peaks(inattentive, budget.clusters, stage.neighbors)
+        clusters = clusters + (budget.kept - budget.clusters)
     else:
         clusters = torch.full(inattentive.shape[:2], -1, device=groups.device)  # (B, M)
     groups = torch.cat([groups, clusters], dim=1)  # (B, N) in importance order
@@ -268,26 +401,66 @@ def assign_evit(stage: Stage, budget: TokenBudget) -> Tensor:
 
 def assign_dpcknn(stage: Stage, budget: TokenBudget) -> Tensor:
     """(B, N) DPC-KNN (Zeng et al., TCFormer, CVPR 2022): K clusters, by falling score."""
-    return density_peaks(stage.x, budget.kept)
+    return density_peaks(stage.features, budget.kept, stage.neighbors)
 
 
 def assign_tome(stage: Stage, budget: TokenBudget) -> Tensor:
     """(B, N) ToMe (Bolya et al., ICLR 2023): bipartite matching over all tokens.
 
-    One step merges at most floor(N / 2) tokens, so a lower keep rate repeats the step on the merged
-    tokens (means weighted by size) until K are left. Groups are numbered by ascending input order
-    of the token that stays.
+    With `tome_r` as published: on keys, in the published order of outputs. Without it a variant
+    with the locations and budget of the other methods: on tokens, even patches into odd ones,
+    outputs in the order of the tokens that stay.
     """
-    x, sizes = stage.x, stage.sizes
-    assignment = identity_assignment(x)
-    while x.shape[1] > budget.kept:
-        num_tokens = x.shape[1]
-        step = match_pairs(x, min(num_tokens - budget.kept, num_tokens // 2))  # (B, num_tokens)
-        num_groups = max(budget.kept, num_tokens - num_tokens // 2)
+    if stage.settings.tome_r is not None:
+        return _match_repeatedly(stage, budget.kept, stage.mean_keys, match_published(stage))
+    return _match_repeatedly(stage, budget.kept, stage.features, match_pairs)
+
+
+def match_published(stage: Stage) -> Callable[[Tensor, int], Tensor]:
+    """ToMe's step; even places of the whole sequence, prefix tokens included, are sources."""
+    return partial(match_patches, num_prefix_tokens=stage.num_prefix_tokens)
+
+
+def _match_repeatedly(
+    stage: Stage, kept: int, features: Tensor, match: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """(B, N) assignment by `match`, repeated on the groups' means (by size) till K are left.
+
+    One step merges at most floor(N / 2) tokens.
+    """
+    sizes, assignment = stage.sizes, identity_assignment(features)
+    while (num_tokens := features.shape[1]) > kept:
+        step = match(features, min(num_tokens - kept, num_tokens // 2))  # (B, num_tokens)
+        num_groups = max(kept, num_tokens - num_tokens // 2)
         assignment = step.gather(1, assignment)  # (B, N)
-        x = merge_tokens(x, sizes, step, num_groups)  # (B, num_groups, D)
+        features = merge_tokens(features, sizes, step, num_groups)  # (B, num_groups, *)
         sizes = group_sums(sizes, step, num_groups)
     return assignment
+
+
+def assign_ppt(stage: Stage, budget: TokenBudget) -> Tensor:
+    """(B, N) PPT (Wu et al., arXiv 2310.01812, section 3.3): prune or pool, by image and stage.
+
+    A token's score is its importance times the norm of its value, divided by the sum of them. If
+    the variance of the scores is at least `ppt_threshold`, the K tokens of highest score stay, in
+    that order; otherwise N - K tokens are merged as in ToMe, on keys.
+    """
+    norms = stage.values.float().square().sum(dim=(1, 3)).sqrt()  # (B, N)
+    scores = stage.importance * norms
+    scores = scores / scores.sum(dim=1, keepdim=True)
+    rank = descending_rank(scores)
+    pruned = rank.masked_fill(rank >= budget.kept, -1)
+    pooled = _match_repeatedly(stage, budget.kept, stage.mean_keys, match_published(stage))
+    prunes = scores.var(dim=1, keepdim=True) >= stage.settings.ppt_threshold  # (B, 1)
+    return torch.where(prunes, pruned, pooled)
+
+
+def assign_evo(stage: Stage, budget: TokenBudget) -> Tensor:
+    """(B, N) Evo-ViT (Xu et al., AAAI 2022): all patches compete, those that lose wait, -1.
+
+    The importance is the score of `models.evo`, and N counts all patches of the image.
+    """
+    return assign_topk(stage, budget)
 
 
 def assign_random(stage: Stage, budget: TokenBudget) -> Tensor:
@@ -299,7 +472,7 @@ def assign_random(stage: Stage, budget: TokenBudget) -> Tensor:
     batch, num_tokens, _ = stage.x.shape
     prime = 2_147_483_647  # 2^31 - 1: every product below stays under 2^62
     key = torch.arange(1, num_tokens + 1, device=stage.x.device)
-    for constant in (stage.seed, stage.index, num_tokens, 48_271, 69_621):
+    for constant in (stage.settings.reduction_seed, stage.index, num_tokens, 48_271, 69_621):
         factor = (constant + 16_807) % prime
         key = ((key * key) % prime + key * factor + factor) % prime
     rank = key.argsort(stable=True).argsort()  # (N,)
@@ -318,11 +491,14 @@ class Reduction(NamedTuple):
         assign: stage and budget -> (B, N) int64 output index of each token, or -1; called without
             gradients, and only where tokens have to go.
         weights: stage, budget and assignment -> (B, N) weights of the tokens in their groups; None:
-            the importance, or ones where the model asks for `merge_weights="mean"`.
+            what the setting `merge_weights` says.
         clusters: budget -> how many of the last output tokens are clusters.
         num_fused: output tokens beside the K of the budget.
         normalize: False: groups are weighted sums instead of means.
         reduces: False: every token is kept at any keep rate.
+        is_proportional: whether `proportional_attention="auto"` is on.
+        takes_r: whether the setting `tome_r` can replace the keep rate.
+        waits: tokens that are not kept wait, for a later stage or the end; see `models.evo`.
         trusted: its assignments are not checked, as those of the built-in methods.
     """
 
@@ -332,13 +508,10 @@ class Reduction(NamedTuple):
     num_fused: int = 0
     normalize: bool = True
     reduces: bool = True
+    is_proportional: bool = False
+    takes_r: bool = False
+    waits: bool = False
     trusted: bool = False
-
-    def budget(
-        self, num_tokens: int, keep_rate: float, cluster_ratio: float, match_ratio: float
-    ) -> TokenBudget:
-        rate = keep_rate if self.reduces else 1.0
-        return token_budget(num_tokens, rate, cluster_ratio, match_ratio)
 
     def num_outputs(self, budget: TokenBudget) -> int:
         """Tokens that leave a stage: K, plus the fused one."""
@@ -360,8 +533,17 @@ REDUCTIONS: dict[str, Reduction] = {
         weights=lambda stage, budget, assignment: torch.ones_like(stage.importance),
         clusters=lambda budget: budget.kept,
     ),
-    "tome": Reduction(assign_tome, weights=lambda stage, budget, assignment: stage.sizes),
+    "tome": Reduction(
+        assign_tome, weights=lambda stage, budget, assignment: stage.sizes, takes_r=True
+    ),
     "random": Reduction(assign_random),
+    "evo": Reduction(assign_evo, waits=True),
+    "ppt": Reduction(
+        assign_ppt,
+        weights=lambda stage, budget, assignment: stage.sizes,
+        takes_r=True,
+        is_proportional=True,
+    ),
     "bat": Reduction(assign_bat, clusters=lambda budget: budget.clusters),
 }
 REDUCTIONS = {name: method._replace(trusted=True) for name, method in REDUCTIONS.items()}
@@ -422,6 +604,7 @@ class StageInfo(NamedTuple):
         budget: how the tokens that leave are spent.
         num_outputs: patch tokens that leave: K, or K + 1 with a fused token.
         num_clusters: how many of the last output tokens are clusters.
+        waits: tokens that do not leave wait; N counts all patches of the image.
     """
 
     block: int
@@ -430,10 +613,11 @@ class StageInfo(NamedTuple):
     budget: TokenBudget
     num_outputs: int
     num_clusters: int
+    waits: bool = False
 
 
 class ReducedTokens(NamedTuple):
-    """Result of one stage.
+    """Result of one stage, or of a block without one (None: there is no such thing).
 
     Attributes:
         tokens: (B, K, D) output tokens in the dtype of the input.
@@ -443,56 +627,58 @@ class ReducedTokens(NamedTuple):
         weights: (B, N) weight of each input token in its group, before normalisation.
     """
 
-    tokens: Tensor
-    sizes: Tensor
-    assignment: Tensor
-    importance: Tensor
-    weights: Tensor
+    tokens: Tensor | None
+    sizes: Tensor | None = None
+    assignment: Tensor | None = None
+    importance: Tensor | None = None
+    weights: Tensor | None = None
 
 
-def reduce_tokens(
-    stage: Stage,
-    method: str,
-    keep_rate: float,
-    *,
-    cluster_ratio: float = 0.4,
-    match_ratio: float = 0.1,
-    merge_weights: str = "importance",
-) -> ReducedTokens:
+def assign_tokens(stage: Stage, keep_rate: float) -> tuple[Tensor, TokenBudget]:
+    """Decides, without gradients, where the tokens of a stage go.
+
+    Returns:
+        (B, N) int64 output index of each token, or -1, and the budget that this spends.
+
+    Raises:
+        AssignmentError: a method of one's own gives no valid assignment.
+    """
+    settings, method = stage.settings, stage.settings.method
+    budget = settings.budget(stage.x.shape[1], keep_rate)
+    if budget.keeps_all:
+        return identity_assignment(stage.x), budget
+    with torch.no_grad():
+        fixed = stage._replace(x=stage.x.float(), importance=stage.importance.float())
+        assignment = method.assign(fixed, budget)
+    if not method.trusted:
+        shape, num_groups = stage.importance.shape, method.num_outputs(budget)
+        check_assignment(settings.reduction, assignment, shape, num_groups)
+    return assignment, budget
+
+
+def reduce_tokens(stage: Stage, keep_rate: float) -> ReducedTokens:
     """Runs one stage: decide the groups without gradients, then merge with them.
 
     Args:
         stage: the tokens, in any float type, and what belongs to them.
-        method: a name in REDUCTIONS.
-        keep_rate: see `token_budget`, as the two ratios.
-        cluster_ratio: see there.
-        match_ratio: see there.
-        merge_weights: one of MERGE_WEIGHTS, for methods without weights of their own.
+        keep_rate: see `token_budget`.
 
     Returns:
         The tokens that leave the stage; the input itself when the stage keeps everything.
 
     Raises:
-        ValueError: the method is unknown or gives no assignment, or a rate or ratio is outside its
-            range.
+        ValueError: the method gives no assignment, or the rate is outside its range.
     """
-    reduction = get_reduction(method)
-    budget = reduction.budget(stage.x.shape[1], keep_rate, cluster_ratio, match_ratio)
-    ones = torch.ones_like(stage.importance)
+    assignment, budget = assign_tokens(stage, keep_rate)
+    method, ones = stage.settings.method, torch.ones_like(stage.importance)
     if budget.keeps_all:
-        assignment = identity_assignment(stage.x)
         return ReducedTokens(stage.x, stage.sizes, assignment, stage.importance, ones)
-    assignment = reduction.assign(
-        stage._replace(x=stage.x.detach().float(), importance=stage.importance.detach().float()),
-        budget,
-    )
-    num_groups = reduction.num_outputs(budget)
-    if not reduction.trusted:
-        check_assignment(method, assignment, stage.importance.shape, num_groups)
-    if reduction.weights is not None:
-        weights = reduction.weights(stage, budget, assignment)
+    if method.weights is not None:
+        weights = method.weights(stage, budget, assignment)
     else:
-        weights = ones if merge_weights == "mean" else stage.importance
-    tokens = merge_tokens(stage.x, weights, assignment, num_groups, reduction.normalize)
+        choices = {"importance": stage.importance, "mean": ones, "size": stage.sizes}
+        weights = choices[stage.settings.merge_weights]
+    num_groups = method.num_outputs(budget)
+    tokens = merge_tokens(stage.x, weights, assignment, num_groups, method.normalize)
     sizes = group_sums(stage.sizes, assignment, num_groups)
     return ReducedTokens(tokens, sizes, assignment, stage.importance, weights)

@@ -22,44 +22,50 @@ class PatchKind(IntEnum):
     PAIR = 2  # two or more patches, merged by matching alone, at one stage or several
     CLUSTER = 3  # two or more patches, merged by clustering alone, at one stage or several
     MIXED = 4  # both matching and clustering took part
+    WAITING = 5  # the patch is unchanged and takes no part until a later stage (Evo-ViT)
 
 
 class PatchTrace(NamedTuple):
     """All patches of a batch of images, after one stage."""
 
-    group: Tensor  # (B, N_0) int64: the token that the patch sits in, 0 .. K-1; -1: dropped
+    group: Tensor  # (B, N_0) int64: the token that the patch sits in, 0 .. K-1; -1: none
     kind: Tensor  # (B, N_0) int64: `PatchKind` of that token, the same for all of its patches
     size: Tensor  # (B, N_0) int64: how many patches that token stands for; 0: dropped
 
 
-def compose_assignments(assignments: Sequence[Tensor]) -> list[Tensor]:
+def compose_assignments(assignments: Sequence[Tensor], *, waits: bool = False) -> list[Tensor]:
     """Follows every patch through the stages: a1, a2[a1], a3[a2[a1]], ...
 
     Args:
         assignments: one (B, N) int64 tensor per stage, the output token of each input token of that
             stage, or -1 where it is dropped; the first stage's inputs are the patches.
+        waits: of a method whose tokens wait (Evo-ViT): every stage's inputs are the patches, and
+            its assignment is the answer.
 
     Returns:
         One (B, N_0) int64 tensor per stage, the token that each patch sits in after it; -1: dropped
-        there or earlier.
+        there or earlier, or waiting.
     """
+    if waits:
+        return list(assignments)
     composed: list[Tensor] = []
     for assignment in assignments:
         composed.append(_follow(composed[-1], assignment, -1) if composed else assignment.clone())
     return composed
 
 
-def unmerge(tokens: Tensor, assignments: Sequence[Tensor]) -> Tensor:
+def unmerge(tokens: Tensor, assignments: Sequence[Tensor], *, waits: bool = False) -> Tensor:
     """Puts tokens back on the patches that they stand for.
 
     Args:
         tokens: (B, K, D) patch tokens after the last of the stages.
         assignments: as in `compose_assignments`; none: the tokens are the patches.
+        waits: of a method whose tokens wait (Evo-ViT), which has put them back itself.
 
     Returns:
         (B, N_0, D) the token of each patch; 0 where the patch was dropped. Differentiable.
     """
-    if not assignments:
+    if waits or not assignments:
         return tokens
     group = compose_assignments(assignments)[-1]  # (B, N_0)
     features = gather_tokens(tokens, group.clamp(min=0))
@@ -76,11 +82,13 @@ def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) ->
 
     Args:
         assignments: one (B, N) int64 tensor per stage, as `forward_with_assignments` returns them.
-        stages: `model.stages()`, of which `num_outputs` and `num_clusters` are read.
+        stages: `model.stages()`, of which `num_outputs`, `num_clusters` and `waits` are read.
 
     Returns:
         One trace per stage.
     """
+    if any(stage.waits for stage in stages):
+        return [_trace_waiting(assignment) for assignment in assignments]
     traces: list[PatchTrace] = []
     token_kind = None  # (B, N) PatchKind of each token entering the stage
     for group, assignment, stage in zip(
@@ -93,6 +101,12 @@ def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) ->
         kind = _follow(group, token_kind, int(PatchKind.DROPPED))
         traces.append(PatchTrace(group=group, kind=kind, size=_follow(group, token_size, 0)))
     return traces
+
+
+def _trace_waiting(assignment: Tensor) -> PatchTrace:
+    """Every patch stands for itself, active or waiting."""
+    kind = torch.where(assignment < 0, int(PatchKind.WAITING), int(PatchKind.SINGLE))
+    return PatchTrace(assignment, kind, torch.ones_like(assignment))
 
 
 def _follow(index: Tensor, table: Tensor, missing: int) -> Tensor:

@@ -1,12 +1,15 @@
 """Any plain Vision Transformer of timm, made to reduce its tokens in place.
 
-`make_reducing` keeps the model object, its modules and its parameters. Chosen blocks get a subclass
-of their own class, which runs the stage of `models/reduction.py` between the attention residual and
-the MLP; the model gets a subclass of its class, which carries sizes, assignments and rotary
-embeddings from block to block. All other modules are timm's own.
+`make_reducing` keeps the model object, its modules and its parameters. The blocks get a subclass of
+their own class, which in chosen ones runs the stage of `models/reduction.py` between the attention
+residual and the MLP; the model gets a subclass of its class, which carries sizes, assignments and
+rotary embeddings from block to block. All other modules are timm's own.
 """
 
+import copy
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +34,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .clustering import attention_received, class_token_importance
+from .evo import TRADE_OFF, SlowFast
 from .reduction import (
-    MERGE_WEIGHTS,
     ReducedTokens,
+    ReductionSettings,
     Stage,
     StageInfo,
     TokenBudget,
+    assign_tokens,
     check_fraction,
-    get_reduction,
     heaviest_members,
     reduce_tokens,
 )
 from .trace import unmerge
 
-IMPORTANCES = ("class", "received")
 # The keywords of `make_reducing`, which the registered models take beside timm's.
-REDUCTION_KEYWORDS = (
-    "keep_rate", "reduction", "reduction_loc", "cluster_ratio", "match_ratio", "merge_weights",
-    "reduction_seed", "importance",
-)  # fmt: skip
+SETTING_NAMES = tuple(field.name for field in fields(ReductionSettings))
+REDUCTION_KEYWORDS = ("keep_rate", "reduction_loc", *SETTING_NAMES)
 CHECK_TOLERANCE = 1e-5  # of the largest output, in float32
 
 # Attention --------------------------------------------------------------------------------------
@@ -70,25 +71,34 @@ def project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attn.q_norm(q), attn.k_norm(k), v
 
 
+class Attended(NamedTuple):
+    """What an attention gives: beside its own output what a stage may look at."""
+
+    y: Tensor  # (B, L, D) what is added to the tokens
+    importance: Tensor  # (B, L) float32
+    keys: Tensor  # (B, H, L, D / H) before any rotation
+    values: Tensor  # (B, H, L, D / H)
+
+
 def attend(
-    attn: nn.Module, x: Tensor, *, rope: Tensor | None, importance: str
-) -> tuple[Tensor, Tensor]:
+    attn: nn.Module, x: Tensor, *, rope: Tensor | None, importance: str, bias: Tensor | None
+) -> Attended:
     """One of timm's attentions, and beside its fused kernel the importance of every token.
 
     Adapted from timm (Apache-2.0): the forward methods of `Attention` and `AttentionRope`
     (timm/layers/attention.py) and of `EvaAttention` (timm/models/eva.py). Modifications: one
-    function for all three; the importance comes from the same queries and keys; masks are left out.
+    function for all three; the importance comes from the same queries and keys; the only mask is a
+    number a key.
 
     Args:
         attn: the module.
         x: (B, L, D) normalised tokens.
         rope: rotary embedding of the patch tokens, (N, D') or one per image; None for none.
-        importance: one of IMPORTANCES.
-
-    Returns:
-        (B, L, D) what is added to the tokens, and (B, L) float32 importance.
+        importance: "class" or "received".
+        bias: (B, L) float32 added to the logits of each key, or None.
     """
-    q, k, v = project(attn, x)
+    q, keys, values = project(attn, x)
+    k, v = keys, values
     if rope is not None:
         prefix, half = attn.num_prefix_tokens, attn.rotate_half
         q, k = (
@@ -98,45 +108,48 @@ def attend(
         q, k = q.type_as(v), k.type_as(v)
     if (groups := q.shape[1] // k.shape[1]) > 1:  # fewer heads of keys than of queries
         k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
-    row = find_importance(q, k, attn.scale, importance)
+    row = find_importance(q, k, attn.scale, importance, bias)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    mask = None if bias is None else as_mask(bias, q)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     y = attn.norm(y.transpose(1, 2).flatten(2))
     if getattr(attn, "gate", None) is not None:
         y = y * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(y)), row
+    return Attended(attn.proj_drop(attn.proj(y)), row, keys, values)
 
 
-def find_importance(q: Tensor, k: Tensor, scale: float, importance: str) -> Tensor:
+def as_mask(bias: Tensor, like: Tensor) -> Tensor:
+    """(B, 1, 1, L) the bias (B, L) of each key, as the fused kernels take it.
+
+    An additive mask, measured against the bias in an extra channel of queries and keys: on a CPU
+    the mask costs nothing and the channel a fifth of the attention, its kernel being slower for
+    wider heads.
+    """
+    return bias[:, None, None].to(like.dtype)
+
+
+def find_importance(
+    q: Tensor, k: Tensor, scale: float, importance: str, bias: Tensor | None = None
+) -> Tensor:
     """(B, L) float32 importance of every token, from queries and keys (B, H, L, D / H)."""
     if importance == "class":
-        return class_token_importance(q[:, :, :1], k, scale)
-    return attention_received(q, k, scale)
+        return class_token_importance(q[:, :, :1], k, scale, bias)
+    return attention_received(q, k, scale, bias)
 
 
 # Blocks -----------------------------------------------------------------------------------------
 
 
-class ReductionSettings:
-    """What a reducing model and its reducing blocks hold alike: keywords of `make_reducing`."""
-
-    reduction: str
-    cluster_ratio: float
-    match_ratio: float
-    merge_weights: str
-    reduction_seed: int
-    importance: str  # one of IMPORTANCES
-
-
-class ReducingBlock(ReductionSettings):
-    """What a reducing block is beside timm's: a stage between its attention and its MLP.
+class ReducingBlock:
+    """What a block of a reducing model is beside timm's: maybe a stage between attention and MLP.
 
     Subclasses also inherit from timm's class, in whose arithmetic they have two halves:
-    `attend(x, rope)` gives the tokens (B, L, D) after the attention residual and their importance
-    (B, L), `feed_forward(x)` the tokens after the MLP and its residual.
+    `attend(x, rope, bias)` gives the tokens (B, L, D) after the attention residual in an
+    `Attended`, `feed_forward(x)` the tokens after the MLP and its residual.
     """
 
-    stage: int  # 0, 1, ...: which of the model's stages this block holds
+    settings: ReductionSettings  # the model's
+    stage: int | None  # 0, 1, ...: which of the model's stages this block holds; None: none
     num_prefix_tokens: int  # class, distillation and register tokens, which are never reduced
 
     @property
@@ -153,8 +166,7 @@ class ReducingBlock(ReductionSettings):
 
     def budget(self, num_tokens: int) -> TokenBudget:
         """How a stage that this many patch tokens enter spends those that leave."""
-        entry = get_reduction(self.reduction)
-        return entry.budget(num_tokens, self.keep_rate, self.cluster_ratio, self.match_ratio)
+        return self.settings.budget(num_tokens, self.keep_rate)
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, sizes: Tensor | None = None
@@ -167,56 +179,72 @@ class ReducingBlock(ReductionSettings):
             sizes: (B, N) number of patches that each patch token stands for; None: one each.
 
         Returns:
-            What the stage gives, with the prefix tokens in front: tokens (B, prefix + K, D).
+            What the stage gives, with the prefix tokens in front: tokens (B, prefix + K, D). Where
+            there is no stage the assignment is None, and so is what nothing asks for.
         """
-        x, importance = self.attend(x, rope)
-        reduced = self.reduce(x, importance, sizes)
+        bias, waits = self.attention_bias(sizes), self.settings.method.waits
+        if self.stage is None and not waits:
+            arguments = (x,) if rope is None else (x, rope)
+            mask = {} if bias is None else {"attn_mask": as_mask(bias, x)}
+            return ReducedTokens(super().forward(*arguments, **mask), sizes)
+        attended = self.attend(x, rope, bias)
+        if waits:  # stages of such a method stand between blocks
+            row = attended.importance[:, self.num_prefix_tokens :]
+            return ReducedTokens(self.feed_forward(attended.y), importance=row)
+        reduced = self.reduce(attended, sizes)
         return reduced._replace(tokens=self.feed_forward(reduced.tokens))
 
-    def reduce(self, x: Tensor, importance: Tensor, sizes: Tensor | None) -> ReducedTokens:
-        """The stage alone, between attention and MLP; as `forward`, with importance (B, L)."""
-        prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], 1)
+    def attention_bias(self, sizes: Tensor | None) -> Tensor | None:
+        """(B, L) what is added to the logits of each key: log sizes, where that is asked for."""
+        if sizes is None or not self.settings.is_proportional:
+            return None
+        return F.pad(sizes.log(), (self.num_prefix_tokens, 0))
+
+    def reduce(self, attended: Attended, sizes: Tensor | None) -> ReducedTokens:
+        """The stage alone, between attention and MLP; as `forward`."""
+        num_prefix = self.num_prefix_tokens
+        prefix, patches = attended.y[:, :num_prefix], attended.y[:, num_prefix:]
         if sizes is None:
             sizes = torch.ones_like(patches[..., 0], dtype=torch.float32)  # (B, N)
-        reduced = reduce_tokens(
-            Stage(
-                x=patches,
-                importance=importance[:, self.num_prefix_tokens :],
-                sizes=sizes,
-                index=self.stage,
-                seed=self.reduction_seed,
-            ),
-            self.reduction,
-            self.keep_rate,
-            cluster_ratio=self.cluster_ratio,
-            match_ratio=self.match_ratio,
-            merge_weights=self.merge_weights,
+        stage = Stage(
+            x=patches,
+            importance=attended.importance[:, num_prefix:],
+            sizes=sizes,
+            settings=self.settings,
+            keys=attended.keys[:, :, num_prefix:],
+            values=attended.values[:, :, num_prefix:],
+            index=self.stage,
+            num_prefix_tokens=num_prefix,
         )
+        reduced = reduce_tokens(stage, self.keep_rate)
         return reduced._replace(tokens=torch.cat([prefix, reduced.tokens], dim=1))
 
 
 class ReducingPreNormBlock(ReducingBlock, Block):
-    def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, row = attend(self.attn, self.norm1(x), rope=rope, importance=self.importance)
-        return x + self.drop_path1(self.ls1(y)), row
+    def attend(self, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Attended:
+        importance = self.settings.importance
+        out = attend(self.attn, self.norm1(x), rope=rope, importance=importance, bias=bias)
+        return out._replace(y=x + self.drop_path1(self.ls1(out.y)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ReducingResPostBlock(ReducingBlock, ResPostBlock):
-    def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, row = attend(self.attn, x, rope=rope, importance=self.importance)
-        return x + self.drop_path1(self.norm1(y)), row
+    def attend(self, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Attended:
+        out = attend(self.attn, x, rope=rope, importance=self.settings.importance, bias=bias)
+        return out._replace(y=x + self.drop_path1(self.norm1(out.y)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
 class ReducingEvaBlock(ReducingBlock, EvaBlock):
-    def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, row = attend(self.attn, self.norm1(x), rope=rope, importance=self.importance)
-        return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y), row
+    def attend(self, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Attended:
+        importance = self.settings.importance
+        out = attend(self.attn, self.norm1(x), rope=rope, importance=importance, bias=bias)
+        y = out.y if self.gamma_1 is None else self.gamma_1 * out.y
+        return out._replace(y=x + self.drop_path1(y))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm2(x))
@@ -229,13 +257,19 @@ class ReducingEvaBlockPostNorm(ReducingBlock, EvaBlockPostNorm):
 
 
 class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
-    def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        outputs, rows = [], []
-        for branch in self.attns:
-            y, row = attend(branch.attn, branch.norm(x), rope=rope, importance=self.importance)
-            outputs.append(branch.drop_path(branch.ls(y)))
-            rows.append(row)
-        return x + torch.stack(outputs).sum(dim=0), torch.stack(rows).mean(dim=0)
+    """Its attentions count as one with all their heads."""
+
+    def attend(self, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Attended:
+        importance = self.settings.importance
+        outs = [
+            attend(branch.attn, branch.norm(x), rope=rope, importance=importance, bias=bias)
+            for branch in self.attns
+        ]
+        branches = zip(self.attns, outs, strict=True)
+        y = torch.stack([branch.drop_path(branch.ls(out.y)) for branch, out in branches])
+        row = torch.stack([out.importance for out in outs]).mean(dim=0)
+        keys, values = (torch.cat(heads, dim=1) for heads in list(zip(*outs, strict=True))[2:])
+        return Attended(x + y.sum(dim=0), row, keys, values)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + torch.stack([branch(x) for branch in self.ffns]).sum(dim=0)
@@ -244,18 +278,19 @@ class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
 class ReducingParallelScalingBlock(ReducingBlock, ParallelScalingBlock):
     """Attention and MLP stand side by side, so that the stage comes after both.
 
-    timm's own forward runs the block; queries and keys are computed once more for the importance.
+    timm's own forward runs the block; queries, keys and values are computed once more.
     """
 
-    def attend(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Attended:
         start, width = self.in_split[:2]
-        rows = slice(start, start + 2 * width)  # of the queries and keys
-        bias = None if self.in_proj.bias is None else self.in_proj.bias[rows]
-        qk = F.linear(self.in_norm(x), self.in_proj.weight[rows], bias)
-        q, k = qk.unflatten(2, (2, self.num_heads, self.head_dim)).unbind(2)
-        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)  # (B, H, L, D / H)
-        row = find_importance(q, k, self.scale, self.importance)
-        return ParallelScalingBlock.forward(self, x), row
+        rows = slice(start, start + 3 * width)  # of the queries, keys and values
+        qkv_bias = None if self.in_proj.bias is None else self.in_proj.bias[rows]
+        qkv = F.linear(self.in_norm(x), self.in_proj.weight[rows], qkv_bias)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
+        row = find_importance(q, k, self.scale, self.settings.importance, bias)
+        mask = None if bias is None else as_mask(bias, x)
+        return Attended(ParallelScalingBlock.forward(self, x, attn_mask=mask), row, k, v)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x
@@ -264,95 +299,166 @@ class ReducingParallelScalingBlock(ReducingBlock, ParallelScalingBlock):
 # Models -----------------------------------------------------------------------------------------
 
 
-class ReducingTransformer(ReductionSettings):
+class LeadingTokens(NamedTuple):
+    """Tokens that no stage has reduced, as they enter a block."""
+
+    x: Tensor  # (B, prefix + N_0, D)
+    rope: Tensor | None  # their rotary embedding, if any
+    block: int = 0  # index of that block
+
+
+class ReducingTransformer:
     """What a reducing model is beside timm's; `make_reducing` makes it."""
+
+    settings: ReductionSettings
+    layer_wise: bool = False  # Evo-ViT's warm-up: a stage before every block from the first one on
+
+    @property
+    def reduction(self) -> str:
+        """The method, a name in REDUCTIONS."""
+        return self.settings.reduction
 
     @property
     def reduction_loc(self) -> tuple[int, ...]:
-        """Indices of the reducing blocks."""
-        blocks = enumerate(self.blocks)
-        return tuple(index for index, block in blocks if isinstance(block, ReducingBlock))
+        """Indices of the blocks with a stage."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.stage is not None)
 
     @property
     def keep_rates(self) -> tuple[float, ...]:
-        """The keep rate of each reducing block."""
+        """The keep rate of each stage."""
         return tuple(self.blocks[index].keep_rate for index in self.reduction_loc)
 
     def reduction_settings(self) -> dict:
         """The keywords of `make_reducing` that make this reduction, none left out."""
         rates = self.keep_rates
-        settings = {name: getattr(self, name) for name in REDUCTION_KEYWORDS[1:]}
-        return {"keep_rate": rates[0] if len(set(rates)) == 1 else rates} | settings
+        rate = rates[0] if len(set(rates)) == 1 else rates
+        return {"keep_rate": rate, "reduction_loc": self.reduction_loc} | vars(self.settings)
 
     def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
-        """Changes the keep rate, of all reducing blocks or of each; bad values change nothing."""
+        """Changes the keep rate, of all stages or of each; bad values change nothing."""
         keep_rates = expand_keep_rate(keep_rate, len(self.reduction_loc))
         for index, value in zip(self.reduction_loc, keep_rates, strict=True):
             self.blocks[index].keep_rate = value
 
-    def set_reduction(self, reduction: str) -> None:
-        """Changes the method, a name in REDUCTIONS."""
-        get_reduction(reduction)
-        for index in self.reduction_loc:
-            self.blocks[index].reduction = reduction
-        self.reduction = reduction
+    def set_reduction(self, reduction: str, **changes: object) -> None:
+        """Changes the method, a name in REDUCTIONS, and other settings of `ReductionSettings`."""
+        self.settings = replace(self.settings, reduction=reduction, **changes)
+        for block in self.blocks:
+            block.settings = self.settings
 
     def stages(self) -> tuple[StageInfo, ...]:
         """Describes every stage, for images of the model's own size."""
-        num_tokens = self.patch_embed.num_patches
+        num_tokens, method = self.patch_embed.num_patches, self.settings.method
         stages = []
         for index in self.reduction_loc:
             block = self.blocks[index]
-            entry, budget = get_reduction(block.reduction), block.budget(num_tokens)
-            outputs, clusters = entry.num_outputs(budget), entry.num_clusters(budget)
-            stages.append(StageInfo(index, num_tokens, block.keep_rate, budget, outputs, clusters))
-            num_tokens = outputs
+            budget = block.budget(num_tokens)
+            outputs, clusters = method.num_outputs(budget), method.num_clusters(budget)
+            stages.append(
+                StageInfo(
+                    index, num_tokens, block.keep_rate, budget, outputs, clusters, method.waits
+                )
+            )
+            num_tokens = num_tokens if method.waits else outputs
         return tuple(stages)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, 3, height, width) to tokens (B, L, D) and their rotary embedding, if any."""
+    def embed(self, x: Tensor) -> LeadingTokens:
+        """Images (B, 3, height, width) to the tokens that enter the first block."""
         x, rope = self._pos_embed(self.patch_embed(x)), None
         if isinstance(self, Eva):
             x, rope = x
         else:
             x = self.patch_drop(x)
-        return self.norm_pre(x), rope
+        return LeadingTokens(self.norm_pre(x), rope)
+
+    @property
+    def num_leading_blocks(self) -> int:
+        """How many blocks no setting of the reduction changes: those before the first stage."""
+        first = min(self.reduction_loc, default=len(self.blocks))
+        return max(0, first - self.settings.method.waits)
+
+    def run_leading_blocks(self, x: Tensor) -> LeadingTokens:
+        """Images through those blocks; what follows is `forward_with_assignments` of the result."""
+        tokens, num_blocks = self.embed(x), self.num_leading_blocks
+        x, rope = tokens.x, tokens.rope
+        is_mixed = rope is not None and getattr(self, "rope_mixed", False)
+        for index in range(num_blocks):
+            x = self.blocks[index](x, rope[index] if is_mixed else rope).tokens
+        return LeadingTokens(x, rope, num_blocks)
 
     def run_blocks(
-        self, x: Tensor, take: Sequence[int] = ()
-    ) -> tuple[Tensor, Tensor | None, list[Tensor], list[tuple[Tensor, int]]]:
+        self, x: Tensor | LeadingTokens, take: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None, list[ReducedTokens], list[tuple[Tensor, int]]]:
         """Runs images (B, 3, height, width) through all blocks.
 
         Args:
-            x: the images.
+            x: the images, or what the first blocks made of them.
             take: indices of blocks whose tokens are kept.
 
         Returns:
             (B, prefix + K, D) last tokens, not normalised; (B, K) how many patches the patch tokens
-            stand for, None: one each; one (B, N_i) assignment per reducing block; and, for `take`,
-            tokens with the number of assignments before them.
+            stand for, None: one each; what each stage did, without its tokens; and, for `take`,
+            tokens with the number of stages before them.
         """
-        x, rope = self.embed(x)
-        is_mixed = rope is not None and getattr(self, "rope_mixed", False)  # one a block
-        sizes, assignments, taken = None, [], []
-        for index, block in enumerate(self.blocks):
-            arguments = [x] if rope is None else [x, rope[index] if is_mixed else rope]
-            if isinstance(block, ReducingBlock):
-                arguments = [*arguments, None, sizes] if rope is None else [*arguments, sizes]
+        x, rope, first = x if isinstance(x, LeadingTokens) else self.embed(x)
+        grid_rope, is_mixed = rope, rope is not None and getattr(self, "rope_mixed", False)
+        prefix, locations = self.num_prefix_tokens, self.reduction_loc
+        waiting = SlowFast.start(x[:, prefix:]) if self.settings.method.waits else None
+        sizes, stages, taken = None, [], []
+        for index, block in enumerate(self.blocks[first:], first):
+            if waiting is not None and (index in locations or (self.layer_wise and stages)):
+                x, waiting, stage = self.select(x, waiting, index)
+                rope = gather_rope(grid_rope, waiting.active, is_mixed=is_mixed)
+                stages += [stage] * (index in locations)
+            arguments = x, rope[index] if is_mixed else rope, sizes
             if self.grad_checkpointing:
                 result = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 result = block(*arguments)
-            if isinstance(block, ReducingBlock):
-                assignments.append(result.assignment)
+            x = result.tokens
+            if waiting is not None:
+                trade_off = TRADE_OFF if stages else 1.0
+                waiting = waiting.update_score(result.importance, trade_off=trade_off)
+            elif result.assignment is not None:
+                stages.append(result._replace(tokens=None))
                 if not block.budget(result.assignment.shape[1]).keeps_all:
                     sizes = result.sizes
-                    rope = rotate_as_heaviest(rope, result, is_mixed=is_mixed)
-                result = result.tokens
-            x = result
+                    member = heaviest_members(result.assignment, result.weights, sizes.shape[1])
+                    rope = gather_rope(rope, member, is_mixed=is_mixed)
             if index in take:
-                taken.append((x, len(assignments)))
-        return x, sizes, assignments, taken
+                taken.append((self.write_back(x, waiting), len(stages)))
+        return self.write_back(x, waiting), sizes, stages, taken
+
+    def select(
+        self, x: Tensor, waiting: SlowFast, index: int
+    ) -> tuple[Tensor, SlowFast, ReducedTokens]:
+        """Evo-ViT's stage before a block: other patches of the image become active.
+
+        Args:
+            x: (B, prefix + K, D) prefix tokens and active patches.
+            waiting: all patches.
+            index: of the block; in the layer-wise warm-up the stage before it counts.
+
+        Returns:
+            The prefix tokens and the patches that are active now, all patches, and what the stage
+            did: its (B, N_0) assignment is the place of each patch among the active ones, or -1
+            where it waits, its importance their score.
+        """
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        block = self.blocks[max(location for location in self.reduction_loc if location <= index)]
+        sizes = torch.ones_like(waiting.score)
+        stage = Stage(waiting.grid, waiting.score, sizes, self.settings, index=block.stage)
+        assignment, budget = assign_tokens(stage, block.keep_rate)
+        waiting, patches = waiting.select(patches, assignment, budget.kept)
+        done = ReducedTokens(None, sizes[:, : budget.kept], assignment, stage.importance, sizes)
+        return torch.cat([prefix, patches], dim=1), waiting, done
+
+    def write_back(self, x: Tensor, waiting: SlowFast | None) -> Tensor:
+        """(B, prefix + N_0, D) all patches, from the active ones in x (B, prefix + K, D)."""
+        if waiting is None:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, waiting.write_back(patches)], dim=1)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -399,18 +505,37 @@ class ReducingTransformer(ReductionSettings):
         _refuse_masks(attn_mask, is_causal)
         return self.forward_with_assignments(x)[0]
 
-    def forward_with_assignments(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward_with_assignments(self, x: Tensor | LeadingTokens) -> tuple[Tensor, list[Tensor]]:
         """Logits, and where every token went.
 
         Args:
-            x: (B, 3, height, width) normalised images.
+            x: (B, 3, height, width) normalised images, or what `run_leading_blocks` made of them.
 
         Returns:
             (B, num_classes) logits, and one (B, N_i) int64 assignment per reducing block: the
             output index of each patch token that entered it, or -1 if it was dropped.
         """
-        x, sizes, assignments, _ = self.run_blocks(x)
-        return self.forward_head(self.norm(x), sizes=sizes), assignments
+        logits, stages = self.forward_with_stages(x)
+        return logits, [stage.assignment for stage in stages]
+
+    def forward_with_stages(self, x: Tensor | LeadingTokens) -> tuple[Tensor, list[ReducedTokens]]:
+        """As `forward_with_assignments`, with all that each stage did but its tokens."""
+        x, sizes, stages, _ = self.run_blocks(x)
+        if self.settings.evo_readout == "mean":
+            return self.read_mean(x), stages
+        return self.forward_head(self.norm(x), sizes=sizes), stages
+
+    def read_mean(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Evo-ViT's readout of the last tokens (B, prefix + N_0, D), not normalised.
+
+        Returns:
+            (B, num_classes) logits of the mean patch; in training also those of the class token.
+        """
+        average = self.norm(x[:, self.num_prefix_tokens :].mean(dim=1))
+        logits = self.head(self.head_drop(average))
+        if not self.training:
+            return logits
+        return logits, self.head_cls(self.head_drop(self.norm_cls(x[:, 0])))
 
     def forward_intermediates(
         self,
@@ -448,12 +573,15 @@ class ReducingTransformer(ReductionSettings):
             raise ValueError(f"output_fmt must be NCHW or NLC, got '{output_fmt}'")
         take, _ = feature_take_indices(len(self.blocks), indices)
         rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        x, _, assignments, taken = self.run_blocks(x, take)
+        x, _, stages, taken = self.run_blocks(x, take)
+        assignments = [stage.assignment for stage in stages]
         maps, prefixes = [], []
         for tokens, num_stages in taken:
             tokens = self.norm(tokens) if norm else tokens
             prefixes.append(tokens[:, : self.num_prefix_tokens])
-            features = unmerge(tokens[:, self.num_prefix_tokens :], assignments[:num_stages])
+            patches = tokens[:, self.num_prefix_tokens :]
+            waits = self.settings.method.waits
+            features = unmerge(patches, assignments[:num_stages], waits=waits)
             if output_fmt == "NCHW":  # (B, N_0, D) -> (B, D, rows, columns)
                 features = features.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
             maps.append(features)
@@ -472,15 +600,13 @@ def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError("a reducing model takes no attention mask: its tokens change places")
 
 
-def rotate_as_heaviest(
-    rope: Tensor | None, reduced: ReducedTokens, *, is_mixed: bool
-) -> Tensor | None:
-    """Rotary embeddings of merged tokens: each has that of the heaviest member of its group.
+def gather_rope(rope: Tensor | None, token_idx: Tensor, *, is_mixed: bool) -> Tensor | None:
+    """Rotary embeddings of some tokens of each image.
 
     Args:
         rope: (N, E), or per image (B, 1, N, E); mixed, one a block: (blocks, H, N, E), or per image
             (blocks, B, H, N, E); None for none.
-        reduced: what a stage of these N tokens gave.
+        token_idx: (B, K) int64 indices into the N tokens.
         is_mixed: whether there is one a block.
 
     Returns:
@@ -488,15 +614,14 @@ def rotate_as_heaviest(
     """
     if rope is None:
         return None
-    member = heaviest_members(reduced.assignment, reduced.weights, reduced.sizes.shape[1])  # (B, K)
-    batch, num_groups = member.shape
+    batch, num_tokens = token_idx.shape
     if is_mixed:
         rope = (rope if rope.ndim == 5 else rope.unsqueeze(1)).expand(-1, batch, -1, -1, -1)
-        index = member.view(1, batch, 1, num_groups, 1)
+        index = token_idx.view(1, batch, 1, num_tokens, 1)
     else:
         rope = (rope if rope.ndim == 4 else rope[None, None]).expand(batch, -1, -1, -1)
-        index = member.view(batch, 1, num_groups, 1)
-    return rope.gather(-2, index.expand(*rope.shape[:-2], num_groups, rope.shape[-1]))
+        index = token_idx.view(batch, 1, num_tokens, 1)
+    return rope.gather(-2, index.expand(*rope.shape[:-2], num_tokens, rope.shape[-1]))
 
 
 class ReducingVisionTransformer(ReducingTransformer, VisionTransformer):
@@ -541,31 +666,22 @@ def make_reducing(
     model: nn.Module,
     keep_rate: float | Sequence[float] = 0.7,
     *,
-    reduction: str = "bat",
     reduction_loc: Sequence[int] | None = None,
-    cluster_ratio: float = 0.4,
-    match_ratio: float = 0.1,
-    merge_weights: str = "importance",
-    reduction_seed: int = 0,
-    importance: str | None = None,
     check: bool = True,
+    **settings: object,
 ) -> nn.Module:
     """Makes a plain Vision Transformer of timm reduce its tokens.
 
     Args:
         model: of timm's classes VisionTransformer, VisionTransformerDistilled or Eva; changed in
-            place, its modules and parameters stay.
+            place, its modules and parameters stay (`evo_readout="mean"` adds Evo-ViT's second head,
+            a copy of the first).
         keep_rate: share of the patch tokens that leave a reducing block, in (0, 1]; one value, or
             one per reducing block.
-        reduction: a name in REDUCTIONS.
-        reduction_loc: indices of the reducing blocks; None: L/4, L/2 and 3L/4 of L blocks.
-        cluster_ratio: share of the kept tokens spent on clusters, in [0, 1].
-        match_ratio: matched pairs per kept token that is not a cluster, in [0, 1].
-        merge_weights: "importance" or "mean" (ablation).
-        reduction_seed: seed of methods with a random choice.
-        importance: "class": the class token's attention to each patch token; "received": the
-            attention that it gets from all tokens; None: "class" where there is a class token.
+        reduction_loc: indices of the reducing blocks; None: L/4, L/2 and 3L/4 of L blocks, and with
+            ToMe's own settings all.
         check: run one random image through the model before and after.
+        **settings: `reduction="bat"` and the other fields of `models.reduction.ReductionSettings`.
 
     Returns:
         The same object, now a `ReducingTransformer`.
@@ -573,34 +689,30 @@ def make_reducing(
     Raises:
         ValueError: the model is of another kind, or an argument is outside its range; the model is
             as it was.
+        TypeError: there is no such setting.
     """
     check_convertible(model)
-    if importance is None:
-        importance = "received" if model.cls_token is None else "class"
-    if importance not in IMPORTANCES:
-        raise ValueError(f"importance must be one of {IMPORTANCES}, got '{importance}'")
-    if importance == "class" and model.cls_token is None:
+    chosen = ReductionSettings(**settings)
+    has_class_token = model.cls_token is not None
+    if chosen.importance is None:
+        chosen = replace(chosen, importance="class" if has_class_token else "received")
+    if chosen.importance == "class" and not has_class_token:
         raise ValueError("importance 'class' needs a class token, and this model has none")
+    if chosen.evo_readout == "mean" and not (
+        timm_class(model) is VisionTransformer and has_class_token and model.num_classes > 0
+    ):
+        raise ValueError("evo_readout 'mean' needs a VisionTransformer with class token and head")
+    if reduction_loc is None and chosen.tome_r is not None and chosen.reduction == "tome":
+        reduction_loc = range(len(model.blocks))
     reduction_loc = check_locations(reduction_loc, len(model.blocks))
-    check_blocks(model, reduction_loc)
-    get_reduction(reduction)
-    if not isinstance(reduction_seed, int):
-        raise ValueError(f"reduction_seed must be an integer, got {reduction_seed!r}")
-    check_fraction("cluster_ratio", cluster_ratio, zero=True)
-    check_fraction("match_ratio", match_ratio, zero=True)
-    if merge_weights not in MERGE_WEIGHTS:
-        raise ValueError(f"merge_weights must be one of {MERGE_WEIGHTS}, got '{merge_weights}'")
+    check_blocks(model)
     rates = expand_keep_rate(keep_rate, len(reduction_loc))
-    keep_rates = dict(zip(reduction_loc, rates, strict=True))
-    settings = {
-        "reduction": reduction,
-        "cluster_ratio": cluster_ratio,
-        "match_ratio": match_ratio,
-        "merge_weights": merge_weights,
-        "reduction_seed": reduction_seed,
-        "importance": importance,
-    }
-    convert(model, keep_rates, settings, check=check)
+    convert(model, dict(zip(reduction_loc, rates, strict=True)), chosen, check=check)
+    if chosen.evo_readout == "class":
+        vars(model)["_modules"].pop("norm_cls", None)
+        vars(model)["_modules"].pop("head_cls", None)
+    elif not hasattr(model, "head_cls"):
+        model.norm_cls, model.head_cls = copy.deepcopy(model.norm), copy.deepcopy(model.head)
     return model
 
 
@@ -645,10 +757,9 @@ def check_locations(reduction_loc: Sequence[int] | None, depth: int) -> tuple[in
     return reduction_loc
 
 
-def check_blocks(model: nn.Module, reduction_loc: Sequence[int]) -> None:
-    """ValueError naming a reducing block or its attention whose arithmetic is not known."""
-    for index in reduction_loc:
-        block = model.blocks[index]
+def check_blocks(model: nn.Module) -> None:
+    """ValueError naming a block or its attention whose arithmetic is not known."""
+    for index, block in enumerate(model.blocks):
         if timm_class(block) not in BLOCKS:
             raise ValueError(f"block {index} is a {type(block).__name__}, which cannot reduce")
         attns = [branch.attn for branch in getattr(block, "attns", ())]
@@ -659,28 +770,27 @@ def check_blocks(model: nn.Module, reduction_loc: Sequence[int]) -> None:
                 raise ValueError(f"block {index} has a {kind}, whose importance is not known")
 
 
-def convert(model: nn.Module, keep_rates: dict[int, float], settings: dict, *, check: bool) -> None:
-    """Gives the model and its reducing blocks their classes; an error leaves them as they were.
+def convert(
+    model: nn.Module, keep_rates: dict[int, float], settings: ReductionSettings, *, check: bool
+) -> None:
+    """Gives the model and its blocks their classes; an error leaves them as they were.
 
     Args:
         model: a model that passed the checks, reducing already or not.
         keep_rates: keep rate by index of the reducing block, in rising order.
-        settings: what the model and all its reducing blocks hold.
+        settings: what the model and all its blocks hold.
         check: as in `make_reducing`.
     """
     saved = [(module, type(module), dict(vars(module))) for module in (model, *model.blocks)]
     try:
         restore_timm(model)
         before = run_one_image(model) if check else None
-        own = settings | {"num_prefix_tokens": model.num_prefix_tokens}
-        for stage, (index, keep_rate) in enumerate(keep_rates.items()):
-            block = model.blocks[index]
+        stages = {index: stage for stage, index in enumerate(keep_rates)}
+        for index, block in enumerate(model.blocks):
             block.__class__ = BLOCKS[type(block)]
-            for name, value in (own | {"stage": stage, "keep_rate": keep_rate}).items():
-                setattr(block, name, value)
-        model.__class__ = MODELS[type(model)]
-        for name, value in settings.items():
-            setattr(model, name, value)
+            block.settings, block.num_prefix_tokens = settings, model.num_prefix_tokens
+            block.stage, block.keep_rate = stages.get(index), keep_rates.get(index, 1.0)
+        model.__class__, model.settings = MODELS[type(model)], settings
         if before is not None:
             check_conversion(model, before)
     except BaseException:
@@ -729,9 +839,9 @@ def check_conversion(model: ReducingTransformer, before: tuple[Tensor, Tensor]) 
                 f"everything: it differs by {error:.2g}"
             )
     num_tokens = run_one_image(model)[0].shape[1] - model.num_prefix_tokens
-    stages = model.stages()
-    if stages and num_tokens != stages[-1].num_outputs:
-        raise ValueError(f"{num_tokens} patch tokens are left, not {stages[-1].num_outputs}")
+    expected = [num_tokens, *(s.num_tokens if s.waits else s.num_outputs for s in model.stages())]
+    if num_tokens != expected[-1]:
+        raise ValueError(f"{num_tokens} patch tokens are left, not {expected[-1]}")
 
 
 def expand_keep_rate(keep_rate: float | Sequence[float], num_stages: int) -> tuple[float, ...]:

@@ -207,3 +207,10 @@ def main_in_process(flags: Iterable[object]) -> int:
 
 def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    """DeiT-S, without values."""
+    with torch.device("meta"):
+        return timm.create_model("bat_deit_small_patch16_224")

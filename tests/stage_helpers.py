@@ -6,7 +6,7 @@ import reference
 import torch
 from torch import Tensor
 
-from models.reduction import ReducedTokens, Stage, reduce_tokens
+from models.reduction import ReducedTokens, ReductionSettings, Stage, reduce_tokens
 
 MIN_MARGIN = 2e-6  # about 32 float32 roundings
 
@@ -121,8 +121,10 @@ def run_stage(
 ) -> ReducedTokens:
     """One stage; by default the first one, with one patch a token and the default ratios."""
     sizes = torch.ones(x.shape[:2]) if sizes is None else sizes
-    stage = Stage(x=x, importance=importance, sizes=sizes, index=index, seed=seed)
-    return reduce_tokens(stage, method, keep_rate, **settings)
+    chosen = ReductionSettings(reduction=method, reduction_seed=seed, **settings)
+    heads = x.unsqueeze(1)  # (B, 1, N, D): keys and values are the tokens themselves
+    stage = Stage(x, importance, sizes, chosen, keys=heads, values=heads, index=index)
+    return reduce_tokens(stage, keep_rate)
 
 
 def merge_images(

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import draw_batch, randomise
+from stage_helpers import run_stage
 from timm.layers import apply_rot_embed_cat
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer
@@ -17,9 +18,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import models.vit
 from models import count_gmacs, describe, make_reducing
-from models.reduction import ReducedTokens, Stage, heaviest_members, merge_tokens, reduce_tokens
+from models.reduction import ReducedTokens, heaviest_members, merge_tokens
 from models.trace import unmerge
-from models.vit import ReducingBlock, ReducingTransformer, attend, rotate_as_heaviest, timm_class
+from models.vit import Attended, ReducingTransformer, attend, gather_rope, timm_class
 
 FAMILIES = {
     "deit": "deit_tiny_patch16_224",
@@ -228,9 +229,9 @@ def test_a_failing_check_leaves_the_model_as_it_was(monkeypatch, start) -> None:
     model = start("eva02")
     before, expected = record(model), model(images)
 
-    def attend_wrongly(*args, **kwargs) -> tuple[Tensor, Tensor]:
-        tokens, row = attend(*args, **kwargs)
-        return 1.01 * tokens, row
+    def attend_wrongly(*args, **kwargs) -> Attended:
+        attended = attend(*args, **kwargs)
+        return attended._replace(y=1.01 * attended.y)
 
     monkeypatch.setattr(models.vit, "attend", attend_wrongly)
     with pytest.raises(ValueError, match=r"Eva computes something else.*differs by 0\.0"):
@@ -245,9 +246,7 @@ def test_a_failing_check_leaves_the_model_as_it_was(monkeypatch, start) -> None:
 
 def test_a_wrong_number_of_tokens_fails_the_check(monkeypatch) -> None:
     keep = models.vit.reduce_tokens
-    monkeypatch.setattr(
-        models.vit, "reduce_tokens", lambda stage, method, rate, **kw: keep(stage, method, 1.0)
-    )
+    monkeypatch.setattr(models.vit, "reduce_tokens", lambda stage, rate: keep(stage, 1.0))
     model = build("deit")
     with pytest.raises(ValueError, match="20 patch tokens are left, not 3"):
         make_reducing(model, 0.5)
@@ -262,8 +261,8 @@ def test_a_wrong_number_of_tokens_fails_the_check(monkeypatch) -> None:
         ("resnet18", {}, "a ResNet cannot be made reducing"),
         ("beit_base_patch16_224", {}, "a Beit cannot be made reducing"),
         ("vit_small_r26_s32_224", {}, "a VisionTransformer with a HybridEmbed has no grid"),
-        ("vit_dpwee_patch16_reg1_gap_256", {}, "block 4 is a DiffParallelScalingBlock, which"),
-        ("vit_dwee_patch16_reg1_gap_256", {}, "block 3 has a DiffAttention, whose importance"),
+        ("vit_dpwee_patch16_reg1_gap_256", {}, "block 0 is a DiffParallelScalingBlock, which"),
+        ("vit_dwee_patch16_reg1_gap_256", {}, "block 0 has a DiffAttention, whose importance"),
         ("deit_tiny_patch16_224", {"reduction_loc": (3, 12)}, r"0 \.\. 11, got \[3, 12\]"),
         ("deit_tiny_patch16_224", {"reduction_loc": (2.5,)}, r"0 \.\. 11, got \[2.5\]"),
         ("vit_base_patch16_siglip_224", {"importance": "class"}, "'class' needs a class token"),
@@ -305,7 +304,7 @@ def test_importance_is_read_off_the_attention_matrix(family: str, importance: st
     if getattr(model, "rope", None) is not None:
         rope = model.rope.get_embed(shape=[5, 4])
         rope = rope[1] if family == "mixed" else rope
-    tokens, row = attend(attn, x, rope=rope, importance=importance)
+    tokens, row, *_ = attend(attn, x, rope=rope, importance=importance, bias=None)
     assert torch.equal(tokens, attn(x) if rope is None else attn(x, rope=rope))
 
     weight = [attn.q_proj, attn.k_proj] if attn.qkv is None else None
@@ -332,8 +331,8 @@ def test_importance_of_attention_beside_the_mlp() -> None:
     q, k = (y.reshape(2, 21, 2, 32) for y in (q, k))
     q, k = block.q_norm(q).transpose(1, 2), block.k_norm(k).transpose(1, 2)
     matrix = (q @ k.mT / 32**0.5).softmax(dim=-1).mean(dim=1)
-    expected = matrix[:, 0] if block.importance == "class" else matrix.mean(dim=1)
-    torch.testing.assert_close(block.attend(x, None)[1], expected, rtol=0, atol=1e-6)
+    expected = matrix[:, 0] if block.settings.importance == "class" else matrix.mean(dim=1)
+    torch.testing.assert_close(block.attend(x, None, None).importance, expected, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -341,17 +340,17 @@ def test_importance_of_parallel_attentions_is_their_mean() -> None:
     block = convert("parallel").blocks[1]
     x = draw_batch(2, 21, 64)
     rows = [
-        attend(branch.attn, branch.norm(x), rope=None, importance="class")[1]
+        attend(branch.attn, branch.norm(x), rope=None, importance="class", bias=None).importance
         for branch in block.attns
     ]
-    torch.testing.assert_close(block.attend(x, None)[1], (rows[0] + rows[1]) / 2)
+    torch.testing.assert_close(block.attend(x, None, None).importance, (rows[0] + rows[1]) / 2)
 
 
 @torch.no_grad()
 def test_importance_by_default() -> None:
-    assert convert("deit").importance == convert("dinov3").importance == "class"
+    assert convert("deit").settings.importance == convert("dinov3").settings.importance == "class"
     model = convert("siglip")
-    assert model.importance == model.blocks[1].importance == "received"
+    assert model.settings.importance == model.blocks[1].settings.importance == "received"
     reduced = model.blocks[1](draw_batch(2, 20, 64))
     assert (reduced.importance >= 0).all()
     torch.testing.assert_close(reduced.importance.sum(dim=1), torch.ones(2))
@@ -384,7 +383,7 @@ def test_tokens_carry_the_rotation_of_their_heaviest_member(family: str, method:
     ropes, stages = [], {}
     for index, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda _, inputs: ropes.append(inputs[1]))
-        if isinstance(block, ReducingBlock):
+        if block.stage is not None:
             hook = lambda _, inputs, reduced, index=index: stages.update({index: reduced})  # noqa: E731
             block.register_forward_hook(hook)
     model(images)
@@ -400,7 +399,7 @@ def test_tokens_carry_the_rotation_of_their_heaviest_member(family: str, method:
 
 
 def test_no_rotation_stays_none() -> None:
-    assert rotate_as_heaviest(None, None, is_mixed=False) is None
+    assert gather_rope(None, None, is_mixed=False) is None
 
 
 @pytest.mark.parametrize(
@@ -447,10 +446,10 @@ def test_unmerge_puts_the_mean_of_a_group_on_each_member(method: str) -> None:
     x = draw_batch(2, 20, 6)
     sizes = torch.ones(2, 20)
     importance = draw_batch(2, 20, seed=1).softmax(dim=-1)
-    first = reduce_tokens(Stage(x, importance, sizes), method, 0.6)
+    first = run_stage(method, x, importance, 0.6)
     merged = merge_tokens(x, sizes, first.assignment, 12)
     importance = draw_batch(2, 12, seed=2).softmax(dim=-1)
-    second = reduce_tokens(Stage(merged, importance, first.sizes), method, 0.5)
+    second = run_stage(method, merged, importance, 0.5, first.sizes)
     twice = merge_tokens(merged, first.sizes, second.assignment, 6)
     features = unmerge(twice, [first.assignment, second.assignment])
     for b in range(2):

@@ -19,7 +19,8 @@ from models.clustering import class_token_importance, ieee_float32
 from models.vit import attend
 
 METHODS = tuple(REDUCTIONS)
-REDUCING = tuple(name for name in METHODS if name != "none")
+# Evo-ViT's stages stand between blocks: see test_evo.py.
+REDUCING = tuple(name for name in METHODS if name not in ("none", "evo"))
 
 
 # The stage's place in the block -----------------------------------------------------------------
@@ -31,7 +32,7 @@ def test_attention_equals_timms_and_hands_out_the_class_tokens_row(qk_norm: bool
     attention = model.blocks[1].attn
     x = draw_batch(2, 19, 32)
     with torch.no_grad():
-        tokens, importance = attend(attention, x, rope=None, importance="class")
+        tokens, importance, *_ = attend(attention, x, rope=None, importance="class", bias=None)
         assert torch.equal(tokens, attention(x))
         q, k, _ = attention.qkv(x).reshape(2, 19, 3, 2, 16).permute(2, 0, 3, 1, 4)
         q, k = attention.q_norm(q), attention.k_norm(k)
@@ -72,7 +73,10 @@ def run_by_hand(model, images: Tensor, assignments: list[Tensor]) -> Tensor:
         batch, length, channels = x.shape
         qkv = block.attn.qkv(block.norm1(x)).reshape(batch, length, 3, heads, channels // heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(-2, -1) * (channels // heads) ** -0.5).softmax(dim=-1)
+        logits = q @ k.transpose(-2, -1) * (channels // heads) ** -0.5
+        if model.settings.is_proportional:  # log 1 = 0 before the first stage
+            logits = logits + F.pad(sizes, (prefix, 0), value=1.0).log()[:, None, None]
+        attention = logits.softmax(dim=-1)
         mixed = (attention @ v).transpose(1, 2).reshape(batch, length, channels)
         x = x + block.attn.proj(mixed)
         if index in model.reduction_loc:
@@ -91,7 +95,8 @@ def run_by_hand(model, images: Tensor, assignments: list[Tensor]) -> Tensor:
 
 
 def merge_by_hand(method, tokens, importance, sizes, assignment) -> tuple[Tensor, Tensor]:
-    weights = {"bat": importance, "tome": sizes}.get(method, torch.ones(len(tokens)))
+    weights = {"bat": importance, "tome": sizes, "ppt": sizes}
+    weights = weights.get(method, torch.ones(len(tokens)))
     groups = [(assignment == group).nonzero()[:, 0] for group in range(int(assignment.max()) + 1)]
     merged = []
     for number, members in enumerate(groups):

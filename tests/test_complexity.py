@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import timm
 import torch
 from conftest import build_tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,12 +16,6 @@ DEIT_SMALL_GMACS = {
     1.0: 4.5989, 0.7: 3.0238, 0.6: 2.6305, 0.5: 2.3011, 0.4: 2.0396, 0.3: 1.8163, 0.2: 1.6377
 }  # fmt: skip
 D, HEADS, MLP, CLASSES, PATCH_PIXELS = 32, 2, 128, 4, 3 * 8 * 8  # of the TINY model
-
-
-@pytest.fixture(scope="module")
-def small_model():
-    with torch.device("meta"):
-        return timm.create_model("bat_deit_small_patch16_224")
 
 
 def dense_block(length: int, mlp_length: int | None = None) -> int:
@@ -113,7 +106,7 @@ def test_described_numbers_add_up(small_model, keep_rate: object) -> None:
     rates = " ".join(f"{rate:g}" for rate in small_model.keep_rates)
     assert text.splitlines()[0] == (
         f"reduction bat, keep rates {rates}, blocks 3 6 9, cluster ratio 0.4, match ratio 0.1, "
-        "merge weights importance"
+        "merge weights importance, proportional attention off"
     )
     assert "parameters: 22,050,664;" in text
     assert [int(row[0]) for row in rows] == list(range(12))

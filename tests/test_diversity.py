@@ -115,13 +115,13 @@ def test_rows_against_separate_forward_passes(model):
         for index, block in enumerate(model.blocks):
             row = table.loc[(method, index)]
             if index in model.reduction_loc:
-                importance = block.attend(x, None)[1][:, 1:]
+                importance = block.attend(x, None, None).importance[:, 1:]
                 share = attention_share(importance, int(row.num_attentive))
                 assert row.attention_share == pytest.approx(share.mean().item(), rel=1e-5)
                 x, sizes, *_ = block(x, None, sizes)
             else:
                 assert pd.isna(row.num_attentive) and pd.isna(row.attention_share)
-                x = block(x)
+                x = block(x).tokens
             assert row.num_tokens == x.shape[1] - 1
             for name, measure in MEASURES.items():
                 values = measure(x[:, 1:])

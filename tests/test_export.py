@@ -4,6 +4,7 @@ The ONNX half needs requirements-export.txt and is skipped without; then the tor
 all keep rates instead of one.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_every_method_in_one_graph(tmp_path: Path) -> None:
     methods = ("evit", "tome", "random", "dpcknn")
     model = build_tiny(img_size=IMG_SIZE, depth=4, reduction_loc=(0, 1, 2, 3), keep_rate=0.8)
     for block, method in zip(model.blocks, methods, strict=True):
-        block.reduction = method
+        block.settings = dataclasses.replace(block.settings, reduction=method)
     path = tmp_path / ("model.onnx" if HAS_ONNX else "model.pt2")
     assert agrees(write(model, path), path, draw_batch(3, 3, *IMG_SIZE))
 

@@ -26,7 +26,7 @@ from models.reduction import (
     token_budget,
 )
 
-METHODS = ("none", "topk", "evit", "dpcknn", "tome", "random", "bat")
+METHODS = ("none", "topk", "evit", "dpcknn", "tome", "random", "evo", "ppt", "bat")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -44,7 +44,7 @@ def test_registry_gives_complete_assignments(method):
                 assert assignment.dtype == torch.int64
             else:
                 assert_complete(assignment, (2, num_tokens), budget.kept + (method == "evit"))
-                drops = method in ("topk", "random")
+                drops = method in ("topk", "random", "evo", "ppt")  # these scores vary: PPT prunes
                 assert bool((assignment == -1).any()) == drops
 
 
@@ -59,6 +59,8 @@ def test_registry_names_and_trailing_clusters():
         "dpcknn": 138,
         "tome": 0,
         "random": 0,
+        "evo": 0,
+        "ppt": 0,
         "bat": 55,
     }
 
@@ -207,7 +209,7 @@ def test_stage_hands_out_the_importance_and_the_weights_of_its_merge(method):
             continue
         by_importance = ones if merge_weights == "mean" else importance
         fused = torch.where(reduced.assignment < 8, ones, importance)
-        own = {"dpcknn": ones, "tome": sizes, "evit": fused}
+        own = {"dpcknn": ones, "tome": sizes, "ppt": sizes, "evit": fused}
         assert torch.equal(reduced.weights, own.get(method, by_importance))
         num_outputs = reduced.tokens.shape[1]
         merged = merge_images(x, reduced.weights, reduced.assignment, num_outputs, method != "evit")

@@ -135,36 +135,36 @@ def test_tables_hold_what_json_holds(finished):
 
 def test_every_batch_is_read_once_and_shown_to_all(flags, tmp_path, monkeypatch, capsys):
     reads, forwards = [], []
-    load, forward = sweep.SampleDataset.__getitem__, sweep.timed_forward
+    load, timed = sweep.SampleDataset.__getitem__, sweep.timed
 
     def count_read(self, key):
         reads.append(key)
         return load(self, key)
 
-    def count_forward(model, *batch):
-        forwards.append(id(model))
-        return forward(model, *batch)
+    def count_forward(run, *place):
+        forwards.append(run.func.__name__)
+        return timed(run, *place)
 
     monkeypatch.setattr(sweep.SampleDataset, "__getitem__", count_read)
-    monkeypatch.setattr(sweep, "timed_forward", count_forward)
+    monkeypatch.setattr(sweep, "timed", count_forward)
     assert run_tool(sweep.main, flags(tmp_path)) == 0
     assert reads == list(range(NUM_IMAGES))
-    assert len(forwards) == 9 * 5 and len(set(forwards)) == 1
+    assert forwards == 5 * ["run_leading_blocks", *9 * ["forward_with_assignments"]]
     assert f"wrote {tmp_path / 'sweep.csv'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where, number", [(22, signal.SIGINT), (44, signal.SIGTERM)])
 def test_interrupted_sweep_goes_on(flags, single, tmp_path, monkeypatch, capsys, where, number):
-    forward, calls, stored = sweep.timed_forward, [], []
+    timed, calls, stored = sweep.timed, [], []
 
-    def interrupt(*args):
-        calls.append(None)
+    def interrupt(run, *args):
+        calls.extend([None] * (run.func.__name__ == "forward_with_assignments"))
         if len(calls) == where:
             stored.append(np.load(tmp_path / "predictions.npz")["num_done"])  # if it were killed
             signal.raise_signal(number)
-        return forward(*args)
+        return timed(run, *args)
 
-    monkeypatch.setattr(sweep, "timed_forward", interrupt)
+    monkeypatch.setattr(sweep, "timed", interrupt)
     assert run_tool(sweep.main, flags(tmp_path, "--save-every", "2")) == 130
     assert "goes on" in capsys.readouterr().err
     assert not (tmp_path / "sweep.csv").exists()

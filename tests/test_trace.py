@@ -8,14 +8,15 @@ import torch
 
 from models.trace import PatchKind, compose_assignments, trace_patches
 
-DROPPED, SINGLE, PAIR, CLUSTER, MIXED = (int(kind) for kind in PatchKind)
+DROPPED, SINGLE, PAIR, CLUSTER, MIXED, WAITING = (int(kind) for kind in PatchKind)
 
 
 class Shape(NamedTuple):
-    """The two counts of a stage that tracing reads."""
+    """What tracing reads of a stage."""
 
     num_outputs: int
     num_clusters: int
+    waits: bool = False
 
 
 def make_assignments(shapes, *, num_patches, drop, batch=3, seed=0):

@@ -16,7 +16,7 @@ from datasets import build_transform
 from models.trace import PatchKind, trace_patches
 from visualize_mask import BORDER_COLOURS, Panel, Picture, Source, draw_stage
 
-DROPPED, SINGLE, PAIR, CLUSTER, MIXED = (int(kind) for kind in PatchKind)
+DROPPED, SINGLE, PAIR, CLUSTER, MIXED, WAITING = (int(kind) for kind in PatchKind)
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
 MODEL_ARGS = {"model_name": "bat_deit_tiny_patch16_224", "img_size": (32, 48), **SHAPE}
 MODEL_ARGS["reduction_loc"] = (1, 2)

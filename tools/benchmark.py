@@ -27,7 +27,7 @@ from arguments import (
 from checkpoints import build_model
 from models import REDUCTIONS, ReducingTransformer, count_gmacs
 from models.reduction import ReducedTokens
-from models.vit import ReducingBlock, find_importance
+from models.vit import Attended, ReducingBlock, find_importance, project
 from tools import timing
 from tools.timing import Call, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, check_writable, init_process, run_script
@@ -218,43 +218,36 @@ class Recorded(NamedTuple):
     """What a forward pass gave to the stage of one block, and to the attention layer before it."""
 
     queries: Tensor  # (B, H, L, D / H) queries of all tokens
-    keys: Tensor  # (B, H, L, D / H) of all tokens
-    x: Tensor  # (B, L, D) tokens after the attention residual
+    attended: Attended  # its keys are those of all tokens
     sizes: Tensor | None  # (B, N) float32 number of patches of each token; None: one
     normed: Tensor  # (B, L, D) tokens that entered the attention layer
 
 
 def record_stages(model: ReducingTransformer, images: Tensor, setting: Setting) -> list[Recorded]:
     """Runs a forward pass (B, 3, height, width) and says what it gave to each stage."""
-    seen: dict[nn.Module, tuple] = {}
-
-    def keep(part: nn.Module, inputs: tuple, output: object) -> None:
-        seen[part] = inputs if isinstance(part, ReducingBlock) else output
-
+    inputs: dict[nn.Module, tuple] = {}
     blocks = [model.blocks[index] for index in model.reduction_loc]
-    handles = []
-    for block in blocks:
-        parts = (block, block.norm1, block.attn.q_norm, block.attn.k_norm, block.drop_path1)
-        handles += [part.register_forward_hook(keep) for part in parts]
+    keep = lambda block, given: inputs.update({block: given})  # noqa: E731
+    handles = [block.register_forward_pre_hook(keep) for block in blocks]
+    stages = []
     with torch.inference_mode(), setting.autocast():
         model(images)
+        for block in blocks:
+            x, rope, sizes = inputs[block]
+            normed = block.norm1(x)
+            attended = block.attend(x, rope, block.attention_bias(sizes))
+            stages.append(Recorded(project(block.attn, normed)[0], attended, sizes, normed))
     for handle in handles:
         handle.remove()
-
-    stages = []
-    for block in blocks:
-        x, *rest = seen[block]  # a rotary embedding or None, and the sizes, if any
-        queries, keys = seen[block.attn.q_norm], seen[block.attn.k_norm]
-        sizes = rest[1] if len(rest) > 1 else None
-        x = x + seen[block.drop_path1]
-        stages.append(Recorded(queries, keys, x, sizes, seen[block.norm1]))
     return stages
 
 
 def run_stage(block: ReducingBlock, inputs: Recorded) -> ReducedTokens:
     """A block's stage alone: the importance, the groups and the merging."""
-    importance = find_importance(inputs.queries, inputs.keys, block.attn.scale, block.importance)
-    return block.reduce(inputs.x, importance, inputs.sizes)
+    attended, kind = inputs.attended, block.settings.importance
+    bias = block.attention_bias(inputs.sizes)
+    row = find_importance(inputs.queries, attended.keys, block.attn.scale, kind, bias)
+    return block.reduce(attended._replace(importance=row), inputs.sizes)
 
 
 def measure_stages(
@@ -349,6 +342,8 @@ def make_setting(args: Namespace) -> Setting:
         raise InputError(f"--cuda-graphs needs a GPU, the device is {device}")
     if args.what == "stage" and args.reduction_loc == []:
         raise InputError("--what stage needs a reducing block in --reduction-loc")
+    if args.what == "stage" and args.reduction == "evo":
+        raise InputError("--what stage: the stages of evo stand between blocks")
     if args.ema:
         raise InputError("--ema needs a checkpoint, but these weights are random")
     if args.threads:

@@ -21,6 +21,7 @@ from arguments import (
     folder,
     model_arguments,
     random_seed,
+    variant_name,
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
@@ -57,8 +58,9 @@ def comparison_parser(
     parser.set_defaults(bad_images="skip", reduction=None)
     add = parser.add_argument_group("what to compare").add_argument
     add(
-        "--reduction", dest="reductions", nargs="+", choices=tuple(REDUCTIONS), metavar="METHOD",
-        default=list(REDUCTIONS), help=f"methods: {', '.join(REDUCTIONS)}",
+        "--reduction", dest="reductions", nargs="+", type=variant_name, metavar="METHOD",
+        default=list(REDUCTIONS), help=f"methods: {', '.join(REDUCTIONS)}; with settings: "
+        "METHOD,NAME=VALUE,...",
     )  # fmt: skip
     return parser, add
 
@@ -116,7 +118,7 @@ def report_bad_images(dataset: SampleDataset, indices: Sequence[int], num_images
 
 
 @contextmanager
-def block_outputs(model: ReducingTransformer) -> Iterator[list[Tensor | ReducedTokens]]:
+def block_outputs(model: ReducingTransformer) -> Iterator[list[ReducedTokens]]:
     """Gives a list to which every forward pass inside appends what each block returns."""
     outputs = []
     handles = [

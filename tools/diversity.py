@@ -22,7 +22,6 @@ from torch import Tensor
 from arguments import ArgumentParser, at_least, data_config
 from datasets import build_dataset
 from models import ReducingTransformer
-from models.reduction import ReducedTokens
 from tools import common
 from tools.figures import below_figure, method_style, new_figure, save_figure, styled
 from utils import check_writable, run_script
@@ -120,15 +119,15 @@ def measure_images(model: ReducingTransformer, images: Tensor) -> pd.DataFrame:
     attentive = num_attentive_tokens(model)
     tables = []
     for block, output in enumerate(outputs):
-        reduces = isinstance(output, ReducedTokens)
-        patches = (output.tokens if reduces else output)[:, model.num_prefix_tokens :]
+        reduces = output.assignment is not None
+        patches = output.tokens[:, model.num_prefix_tokens :]
         share = attention_share(output.importance, attentive[block]).cpu() if reduces else np.nan
         values = {name: measure(patches).cpu() for name, measure in MEASURES.items()}
         facts = {
             "reduction": model.reduction,
             "block": block,
             "num_tokens": patches.shape[1],
-            "num_attentive": attentive.get(block, 0),
+            "num_attentive": attentive[block] if reduces else 0,
         }
         tables.append(pd.DataFrame(facts | values | {"attention_share": share}))
     return pd.concat(tables)

@@ -8,14 +8,16 @@ interrupted (Ctrl-C, SIGTERM).
 
 import hashlib
 import json
+import math
 import signal
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import permutations, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -25,12 +27,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from arguments import AMP_CHOICES, ArgumentParser, at_least, data_config
+from arguments import (
+    AMP_CHOICES,
+    ArgumentParser,
+    at_least,
+    data_config,
+    reduction_variant,
+    with_method,
+)
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
-from models import ReducingTransformer, count_gmacs
-from models.vit import REDUCTION_KEYWORDS
+from models import ReducingTransformer, count_gmacs, make_reducing
+from models.vit import LeadingTokens
 from tools import common
 from tools.figures import plot_accuracy, save_figure
 from utils import (
@@ -40,21 +49,26 @@ from utils import (
     find_amp,
     git_hash,
     logger,
+    refusing,
     run_script,
     versions,
     write_atomically,
 )
 
+T = TypeVar("T")
 NUM_RESAMPLES = 10_000
+OWN_RATE = ("keep_rate", "tome_r")  # settings with which a method is one configuration
 HELP = """Evaluates checkpoints x methods x keep rates in one pass over the validation images
-and compares the answers image by image. Writes sweep.csv and sweep.json (Acc@1, Acc@5, loss, GMACs,
-images/s of the forward pass, patch tokens that leave each stage), sweep.png and sweep.pdf,
-comparisons.csv (bat against every other method, and every method against evit: difference of Acc@1
-in points, its 95 percent bootstrap interval, p-value of McNemar's exact test, not corrected for
-the number of comparisons) and predictions.npz (what every configuration predicts for every image).
-acc1_low and acc1_high are the ends of Acc@1's 95 percent interval over images (Wilson's); methods
-whose intervals overlap may still differ clearly on the same images: comparisons.csv tells. An
-interrupted sweep goes on when the same command is given again."""
+and compares the answers image by image. A method may bring settings of its own, as in
+bat,cluster_ratio=0.25,proportional_attention=off or tome,tome_r=13, which has no keep rate; the
+blocks before the first stage run once for all of them. Writes sweep.csv and sweep.json (Acc@1,
+Acc@5, loss, GMACs, images/s of the forward pass, patch tokens that leave each stage), sweep.png and
+sweep.pdf, comparisons.csv (bat against every other method, and every method against evit:
+difference of Acc@1 in points, its 95 percent bootstrap interval, p-value of McNemar's exact test,
+not corrected for the number of comparisons) and predictions.npz (what every configuration predicts
+for every image). acc1_low and acc1_high are the ends of Acc@1's 95 percent interval over images
+(Wilson's); methods whose intervals overlap may still differ clearly on the same images:
+comparisons.csv tells. An interrupted sweep goes on when the same command is given again."""
 
 # What is evaluated -------------------------------------------------------------------------------
 
@@ -63,13 +77,13 @@ class Configuration(NamedTuple):
     """What is evaluated: one method at one keep rate on one checkpoint's weights."""
 
     checkpoint: str  # label of the checkpoint
-    reduction: str
-    keep_rate: float
+    reduction: str  # such as bat, or bat,cluster_ratio=0.25: see `arguments.reduction_variant`
+    keep_rate: float  # NaN: the method's settings say it
 
     @property
     def short_name(self) -> str:
         """Such as bat@0.5."""
-        return f"{self.reduction}@{self.keep_rate:g}"
+        return self.reduction + ("" if math.isnan(self.keep_rate) else f"@{self.keep_rate:g}")
 
     @property
     def name(self) -> str:
@@ -81,12 +95,14 @@ def make_configurations(
     checkpoints: Sequence[str], reductions: Sequence[str], keep_rates: Sequence[float]
 ) -> list[Configuration]:
     """All combinations; what keeps every token is one configuration a checkpoint, none@1."""
-    chosen = dict.fromkeys(
-        (checkpoint, "none", 1.0) if reduction == "none" or keep_rate == 1
-        else (checkpoint, reduction, keep_rate)
-        for checkpoint, reduction, keep_rate in product(checkpoints, reductions, keep_rates)
-    )  # fmt: skip
-    return [Configuration(*choice) for choice in chosen]
+    chosen = {}
+    for checkpoint, reduction, keep_rate in product(checkpoints, reductions, keep_rates):
+        if not reduction_variant(reduction).keys().isdisjoint(OWN_RATE):
+            keep_rate = math.nan
+        elif reduction == "none" or keep_rate == 1:
+            reduction, keep_rate = "none", 1.0
+        chosen[checkpoint, reduction, str(keep_rate)] = (checkpoint, reduction, keep_rate)
+    return [Configuration(*choice) for choice in chosen.values()]
 
 
 def find_configuration(configurations: Sequence[Configuration], name: str) -> int:
@@ -113,14 +129,19 @@ def short_labels(paths: Sequence[str]) -> list[str]:
     raise InputError(f"checkpoints must differ, got {', '.join(paths)}")
 
 
-def switch(
-    models: Mapping[str, ReducingTransformer], configuration: Configuration
-) -> ReducingTransformer:
-    """The configuration's model, by checkpoint label, switched to its method and keep rate."""
-    model = models[configuration.checkpoint]
-    model.set_reduction(configuration.reduction)
-    model.set_keep_rate(configuration.keep_rate)
-    return model
+class Contender(NamedTuple):
+    """A checkpoint's model and the settings that it came with."""
+
+    model: ReducingTransformer
+    settings: dict  # keywords of `make_reducing`
+
+    def switch(self, configuration: Configuration) -> ReducingTransformer:
+        """The model, with the method and keep rate of a configuration."""
+        changes = reduction_variant(configuration.reduction)
+        if not math.isnan(configuration.keep_rate):
+            changes |= {"keep_rate": configuration.keep_rate}
+        with refusing(configuration.name):
+            return make_reducing(self.model, **with_method(self.settings, **changes), check=False)
 
 
 # What is known -----------------------------------------------------------------------------------
@@ -181,12 +202,12 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
 
 def sweep_settings(
     args: Namespace,
-    models: Mapping[str, ReducingTransformer],
+    contenders: Mapping[str, Contender],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
 ) -> dict:
     """Everything that the predictions of a sweep depend on, as plain values of JSON."""
-    device = next(iter(models.values())).head.weight.device
+    device = find_place(contenders)
     settings = {
         "configurations": [entry.name for entry in configurations],
         "model_kwargs": args.model_kwargs,
@@ -194,16 +215,17 @@ def sweep_settings(
         "data_files": digest_dataset(dataset),
         "input_size": dataset.image_size,
         **dataset.data_config,
+        "part": list(args.part),
         "bad_images": args.bad_images,
         "batch_size": args.batch_size,
         "ema": args.ema,
         "amp": find_amp(args.amp, device),
         "device": device.type,
     }
-    for path, (label, model) in zip(args.checkpoint, models.items(), strict=True):
-        settings |= {f"{label}.path": path, f"{label}.weights": digest_weights(model)}
-        for name in REDUCTION_KEYWORDS[2:]:  # all but what a configuration is
-            settings[f"{label}.{name}"] = getattr(model, name)
+    for path, (label, contender) in zip(args.checkpoint, contenders.items(), strict=True):
+        settings |= {f"{label}.path": path, f"{label}.weights": digest_weights(contender.model)}
+        for name in contender.settings.keys() - {"reduction", "keep_rate"}:
+            settings[f"{label}.{name}"] = contender.settings[name]
     return json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
 
@@ -217,25 +239,52 @@ def digest_weights(model: nn.Module) -> str:
 # The pass over the data --------------------------------------------------------------------------
 
 
+def find_place(contenders: Mapping[str, Contender]) -> torch.device:
+    return next(iter(contenders.values())).model.patch_embed.proj.weight.device
+
+
 @torch.no_grad()
-def timed_forward(
-    model: ReducingTransformer, images: Tensor, amp_dtype: torch.dtype | None
-) -> tuple[Tensor, float]:
-    """Logits of images (B, 3, H, W) that lie on the model's device, and the seconds they took."""
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+def timed(
+    run: Callable[[], T], device: torch.device, amp_dtype: torch.dtype | None
+) -> tuple[T, float]:
+    """What a function of the model gives under autocast, and the seconds that it took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
-    with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        logits = model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return logits, time.perf_counter() - begin
+    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - begin
+
+
+def timed_logits(
+    contenders: Mapping[str, Contender],
+    configurations: Sequence[Configuration],
+    images: Tensor,
+    amp_dtype: torch.dtype | None,
+) -> Iterator[tuple[Tensor, float]]:
+    """Each configuration's logits (B, classes) of images (B, 3, H, W), and the seconds they took.
+
+    Configurations of a checkpoint share the blocks before the first stage, whose time counts for
+    each of them.
+    """
+    shared: dict[tuple[str, int], tuple[LeadingTokens, float]] = {}
+    for configuration in configurations:
+        model = contenders[configuration.checkpoint].switch(configuration)
+        key = configuration.checkpoint, model.num_leading_blocks
+        if key not in shared:
+            shared[key] = timed(partial(model.run_leading_blocks, images), images.device, amp_dtype)
+        tokens, leading_seconds = shared[key]
+        rest = partial(model.forward_with_assignments, tokens)
+        (logits, _), seconds = timed(rest, images.device, amp_dtype)
+        yield logits, leading_seconds + seconds
 
 
 def run_sweep(
     args: Namespace,
     predictions: Predictions,
-    models: Mapping[str, ReducingTransformer],
+    contenders: Mapping[str, Contender],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
     path: Path,
@@ -245,12 +294,12 @@ def run_sweep(
     The first batch after a start warms up and is not timed, unless there is no other. Changed in
     place: the predictions, and the models' methods and keep rates.
     """
-    device = next(iter(models.values())).head.weight.device
+    device = find_place(contenders)
     amp_dtype = AMP_DTYPES[find_amp(args.amp, device)]
     loader = DataLoader(
         dataset,
         batch_size=args.batch_size,
-        sampler=range(int(predictions["num_done"]), len(dataset)),
+        sampler=chosen_images(args, dataset)[int(predictions["num_done"]) :],
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
     )
@@ -262,9 +311,8 @@ def run_sweep(
                 images, targets, is_bad = (part.to(device, non_blocking=True) for part in batch)
                 start = int(predictions["num_done"])
                 here = slice(start, start + len(images))
-                for row, configuration in enumerate(configurations):
-                    model = switch(models, configuration)
-                    logits, seconds = timed_forward(model, images, amp_dtype)
+                answers = timed_logits(contenders, configurations, images, amp_dtype)
+                for row, (logits, seconds) in enumerate(answers):
                     predictions["predicted"][row, here] = logits.float().argmax(dim=1).cpu()
                     for name, values in score_batch(logits, targets, is_bad)._asdict().items():
                         predictions[name][row, here] = values.cpu()
@@ -284,7 +332,7 @@ def run_sweep(
 
 def summarize(
     predictions: Predictions,
-    models: Mapping[str, ReducingTransformer],
+    contenders: Mapping[str, Contender],
     configurations: Sequence[Configuration],
 ) -> pd.DataFrame:
     """A row for every configuration of a finished sweep.
@@ -300,7 +348,7 @@ def summarize(
     ]
     gmacs, tokens = [], []
     for configuration in configurations:
-        model = switch(models, configuration)
+        model = contenders[configuration.checkpoint].switch(configuration)
         gmacs.append(count_gmacs(model))
         tokens.append([stage.num_outputs for stage in model.stages()])
     return pd.DataFrame(configurations).assign(
@@ -351,7 +399,10 @@ def compare_paired(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
 
 
 def comparison_pairs(configurations: Sequence[Configuration]) -> list[tuple[int, int]]:
-    """Bat against every other method, and every other one against evit, at each keep rate."""
+    """Bat against every other method, and every other one against evit, at each keep rate.
+
+    With methods that bring settings of their own only the plain names are compared.
+    """
     return [
         (index, rival_index)
         for (index, entry), (rival_index, rival) in permutations(enumerate(configurations), 2)
@@ -394,6 +445,19 @@ def _rate(text: str) -> float:
     return value
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    if not 1 <= number <= count:
+        raise ArgumentTypeError(f"must be 1/N to N/N, got {text}")
+    return number, count
+
+
+def chosen_images(args: Namespace, dataset: SampleDataset) -> range:
+    """Indices of the validation images that --part takes."""
+    number, count = args.part
+    return range(number - 1, len(dataset), count)
+
+
 def get_args_parser() -> ArgumentParser:
     parser, add = common.comparison_parser("sweep", HELP, batch_size=64)
     parser.set_defaults(reductions=["topk", "evit", "bat"], keep_rate=None)
@@ -402,6 +466,9 @@ def get_args_parser() -> ArgumentParser:
     add("--keep-rate", "--base-keep-rate", dest="keep_rates", type=_rate, nargs="+",
         default=[1.0, 0.7, 0.5, 0.3], metavar="RATE",
         help="keep rates of all stages, in (0, 1]; 1 is the dense model")
+    add("--part", type=_part, default=(1, 1), metavar="K/N",
+        help="every N-th validation image from the K-th on, such as 1/2 to search and 2/2 to "
+        "report; default: all")
     add("--compare", nargs=2, action="append", default=[], metavar=("A", "B"),
         help="print one pair and add it to comparisons.csv, such as bat@0.5 evit@0.7; with several "
         "checkpoints best:bat@0.5; may be given again")
@@ -413,7 +480,7 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def load_inputs(args: Namespace) -> tuple[dict[str, ReducingTransformer], SampleDataset]:
+def load_inputs(args: Namespace) -> tuple[dict[str, Contender], SampleDataset]:
     """The models by the label of their checkpoint, and the validation set that fits them all."""
     device = common.find_device(args)
     models = [common.load_model(args, path, device) for path in args.checkpoint]
@@ -427,28 +494,30 @@ def load_inputs(args: Namespace) -> tuple[dict[str, ReducingTransformer], Sample
             raise InputError(
                 f"{path} has {model.num_classes} classes, {args.data_path} has {num_classes}"
             )
-    return dict(zip(short_labels(args.checkpoint), models, strict=True)), dataset
+    contenders = [Contender(model, model.reduction_settings()) for model in models]
+    return dict(zip(short_labels(args.checkpoint), contenders, strict=True)), dataset
 
 
 def run(args: Namespace) -> int:
     """Evaluates, compares, writes the tables and the figure, and returns the exit code."""
     # What to evaluate.
-    models, dataset = load_inputs(args)
-    configurations = make_configurations(list(models), args.reductions, args.keep_rates)
+    contenders, dataset = load_inputs(args)
+    configurations = make_configurations(list(contenders), args.reductions, args.keep_rates)
     asked = [tuple(find_configuration(configurations, name) for name in pair)
              for pair in args.compare]  # fmt: skip
     # What an earlier sweep knows already.
     folder = check_writable(args.output_dir)
     path = folder / "predictions.npz"
-    settings = sweep_settings(args, models, configurations, dataset)
-    shape = len(configurations), len(dataset)
+    settings = sweep_settings(args, contenders, configurations, dataset)
+    images = chosen_images(args, dataset)
+    shape = len(configurations), len(images)
     predictions = open_predictions(path, settings, shape, restart=args.restart)
     done = predictions["num_done"]
     logger.info(f"{shape[0]} configurations on {shape[1]} images, {done} of them done earlier")
     # The pass over the data.
-    run_sweep(args, predictions, models, configurations, dataset, path)
+    run_sweep(args, predictions, contenders, configurations, dataset, path)
     # Results.
-    table = summarize(predictions, models, configurations)
+    table = summarize(predictions, contenders, configurations)
     correct = predictions["correct1"]
     comparisons = {}
     for first, second in comparison_pairs(configurations) + asked:
@@ -463,7 +532,8 @@ def run(args: Namespace) -> int:
             f"interval {row['difference_low']:+.3f} to {row['difference_high']:+.3f}, "
             f"McNemar's p {row['p_value']:.3g}"
         )
-    return common.report_bad_images(dataset, np.flatnonzero(predictions["is_bad"]), len(dataset))
+    bad = [images[number] for number in np.flatnonzero(predictions["is_bad"])]
+    return common.report_bad_images(dataset, bad, len(images))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from arguments import ArgumentParser, add_image_arguments, at_least, data_config
 from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import ReducingTransformer
-from models.reduction import ReducedTokens, group_shares, group_sums
+from models.reduction import group_shares, group_sums
 from models.trace import PatchKind, trace_patches
 from tools import common
 from tools.figures import new_figure, save_figure, styled
@@ -34,11 +34,12 @@ from utils import check_writable, run_script
 HELP = """Says for every patch of every image what became of it. tokens.csv has a row a patch, with
 lost_at, the first stage (from 1) after which no token stands for the patch alone, and for each
 stage: the kind of token that the patch is in afterwards (single; pair and cluster by how it was
-merged; mixed after both; dropped), the number of that token, the importance that the patch's token
-had before, and that token's weight in the one it went into; final_weight is the product of the
-weights: with what share the patch is in final_token; these shares sum to 1 over the patches of a
-final token. For evit's fused token, a sum, weights are importances divided by their sum. Writes
-tokens.csv, and tokens.png and .pdf with the means over the images; blocks are counted from 0."""
+merged; mixed after both; dropped; with evo waiting), the number of that token, the importance that
+the patch's token had before, and that token's weight in the one it went into; final_weight is the
+product of the weights: with what share the patch is in final_token; these shares sum to 1 over the
+patches of a final token. For evit's fused token, a sum, weights are importances divided by their
+sum. Writes tokens.csv, and tokens.png and .pdf with the means over the images; blocks are counted
+from 0."""
 KIND_NAMES = np.array([kind.name.lower() for kind in PatchKind])
 
 
@@ -69,10 +70,9 @@ def follow_patches(
         A row a patch, with the columns of tokens.csv; what a dropped patch does not have is
         missing, and so is lost_at where the patch still has its own token at the end.
     """
-    with common.block_outputs(model) as outputs:
-        model(images)
-    reduced = [output for output in outputs if isinstance(output, ReducedTokens)]
+    _, reduced = model.forward_with_stages(images)
     traces = trace_patches([output.assignment.cpu() for output in reduced], model.stages())
+    waits = model.settings.method.waits
     num_patches, num_columns = model.patch_embed.num_patches, model.patch_embed.grid_size[1]
     patch = np.tile(np.arange(num_patches), len(images))
     columns = {
@@ -80,7 +80,8 @@ def follow_patches(
         "row": patch // num_columns,
         "column": patch % num_columns,
     }
-    token = torch.arange(num_patches).expand(len(images), -1)  # (B, N_0) that each patch sits in
+    own_token = torch.arange(num_patches).expand(len(images), -1)
+    token = own_token  # (B, N_0) that each patch sits in
     lost_at = torch.ones_like(token)
     final_weight = torch.ones(token.shape, dtype=torch.float64)
     for stage, (output, trace) in enumerate(zip(reduced, traces, strict=True), 1):
@@ -92,9 +93,11 @@ def follow_patches(
         columns[f"stage{stage}_group"] = _integers(trace.group, trace.group >= 0)
         columns[f"stage{stage}_importance"] = _look_up(output.importance, token).flatten().numpy()
         columns[f"stage{stage}_weight"] = weight.flatten().numpy()
-        lost_at = lost_at + (trace.kind == PatchKind.SINGLE)  # shared once, never single again
-        final_weight = final_weight * weight
-        token = trace.group
+        is_alone = (trace.kind == PatchKind.SINGLE) | (trace.kind == PatchKind.WAITING)
+        lost_at = lost_at + is_alone  # shared once, never alone again
+        if not waits:
+            final_weight = final_weight * weight
+            token = trace.group
     columns["lost_at"] = _integers(lost_at, lost_at <= len(traces))
     columns["final_token"] = _integers(token, token >= 0)
     columns["final_weight"] = final_weight.flatten().numpy()
