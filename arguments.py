@@ -307,6 +307,9 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--train-mode", default=None,
                help="stochastic depth and dropout on; default: the resumed run's, else on, but off "
                "with --finetune")
+    add("--evo-layerwise-epochs", type=at_least(0), default=0, metavar="N",
+        help="first epochs in which evo selects before every block from its first stage on; the "
+        "published recipe has 200 of 300")
     add("--attn-only", action="store_true",
         help="train the attention, the position embedding and the head alone")
     add("--bce-loss", action="store_true", help="binary cross-entropy; needs --smoothing 0")
@@ -478,6 +481,7 @@ def with_method(settings: Mapping, **changes: object) -> dict:
     settings = dict(settings)
     if changes.get("reduction") not in (None, settings.get("reduction")):
         settings.pop("tome_r", None)
+        settings.pop("proportional_attention", None)
         if "tome_r" in changes:  # whose blocks are others by default
             settings.pop("reduction_loc", None)
     return settings | changes

@@ -41,7 +41,9 @@ from engine import TrainState
 from models import REDUCTIONS, make_reducing
 from models.vit import REDUCTION_KEYWORDS, check_convertible
 from models.weights import (
+    EVO_SETTINGS,
     WEIGHT_SOURCES,
+    from_evo_names,
     inherited_settings,
     shown_settings,
     with_timms_names,
@@ -78,7 +80,8 @@ RESCALED = ("base_values", "warmup_steps", "t_initial", "decay_t", "noise_range_
 # What the reduction was where a checkpoint of this project does not say it: its first defaults.
 FIRST_REDUCTION = {
     "reduction": "bat", "keep_rate": 0.7, "reduction_loc": (3, 6, 9), "cluster_ratio": 0.4,
-    "match_ratio": 0.1, "merge_weights": "importance", "reduction_seed": 0,
+    "match_ratio": 0.1, "merge_weights": "importance", "features": "tokens",
+    "density_neighbors": 5, "proportional_attention": "off", "reduction_seed": 0,
 }  # fmt: skip
 # Plain values in the `args` of DeiT's and EViT's runs, under all the names that versions of NumPy
 # and Python give them. Any path comes back as a pure one: its text, which touches no file.
@@ -102,9 +105,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
     Args:
         path: a file, an http(s) address, hf-hub:OWNER/NAME, or a folder as
-            `timm.models.save_for_hf` writes it. This project's checkpoints, DeiT's and EViT's,
-            facebook's and timm's DeiT-III and DINOv2, and bare state dicts (.safetensors too) are
-            all read.
+            `timm.models.save_for_hf` writes it. This project's checkpoints, DeiT's, EViT's and
+            Evo-ViT's, facebook's and timm's DeiT-III and DINOv2, and bare state dicts
+            (.safetensors too) are all read.
 
     Returns:
         What is stored, in one layout: under "model" (and "model_ema") weights by timm's names, and
@@ -209,20 +212,25 @@ def _in_one_layout(stored: Mapping) -> dict:
     is_bare = "model" not in stored and "state_dict" not in stored
     checkpoint = {"model": stored} if is_bare else dict(stored)
     args = _plain_dict(checkpoint, "args")
-    weights = model_weights(checkpoint)
+    stored_weights = model_weights(checkpoint)
+    weights = from_evo_names(stored_weights)
     shown = shown_settings(weights)
     settings = _plain_dict(checkpoint, "model_args")
     if checkpoint.get("model_args") is None:  # another project's
         settings = shown and _settings_in_args(args) | shown
+        if weights is not stored_weights:
+            settings |= EVO_SETTINGS
         weights = with_timms_names(weights, shown)
         if checkpoint.get("model_ema") is not None:
-            average = with_timms_names(model_weights(checkpoint, ema=True), shown)
+            average = from_evo_names(model_weights(checkpoint, ema=True))
+            average = with_timms_names(average, shown)
             checkpoint["model_ema"] = average
     else:
         for name in shown.keys() & settings.keys() & {"embed_dim", "depth"}:
             if settings[name] != shown[name]:
                 raise InputError(f"its {name} is {settings[name]}, its weights' {shown[name]}")
-        if str(settings.get("model_name")).startswith("bat_"):  # then the only reducing ones
+        # At first the names of this project were the only reducing ones.
+        if "reduction" in settings or str(settings.get("model_name")).startswith("bat_"):
             settings = FIRST_REDUCTION | settings
     crop = args.get("eval_crop_ratio")  # what runs say that store no data_config
     data_config = _plain_dict(checkpoint, "data_config") or ({"crop_pct": crop} if crop else {})
@@ -478,6 +486,9 @@ def fit_weights(
     if isinstance(model, VisionTransformer | Eva):
         with suppress(Exception):  # what cannot be resampled is named below with all that differs
             weights = _fit_positions(model, dict(weights), old_grid, drop_distillation=new_head)
+    for name in own.keys() - weights.keys():  # Evo-ViT's second head starts as the first
+        if name.startswith(("norm_cls.", "head_cls.")) and name.replace("_cls", "") in weights:
+            weights = dict(weights) | {name: weights[name.replace("_cls", "")]}
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
     reshaped = [n for n in own if n in weights and own[n].shape != weights[n].shape]

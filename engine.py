@@ -147,6 +147,13 @@ def set_keep_rate(state: TrainState, keep_rates: Sequence[float]) -> None:
         state.ema.module.set_keep_rate(keep_rates)
 
 
+def set_layer_wise(state: TrainState, layer_wise: bool) -> None:
+    """Turns Evo-ViT's layer-wise warm-up on or off, in the model and in its moving average."""
+    state.model.layer_wise = layer_wise
+    if state.ema is not None:
+        state.ema.module.layer_wise = layer_wise
+
+
 def _autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
 

@@ -103,3 +103,16 @@ class CosubLoss(nn.Module):
             soft_targets = teacher.detach().sigmoid()
             losses.append(F.binary_cross_entropy_with_logits(student, soft_targets))
         return torch.stack(losses).mean()
+
+
+class TwoHeadLoss(nn.Module):
+    """The mean loss of two heads, each by the same criterion (Evo-ViT, AAAI 2022)."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        """`criterion` takes (inputs, logits, targets)."""
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, inputs: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        """Scalar mean; the pair of logits (B, classes) shares inputs and targets."""
+        return torch.stack([self.criterion(inputs, logits, targets) for logits in outputs]).mean()

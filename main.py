@@ -55,11 +55,12 @@ from engine import (
     TrainState,
     evaluate,
     set_keep_rate,
+    set_layer_wise,
     shrunk_keep_rate,
     train_one_epoch,
 )
 from inputs.cache import CachedLoader, build_cached_loader
-from losses import CosubLoss, DistillationLoss
+from losses import CosubLoss, DistillationLoss, TwoHeadLoss
 from models import (
     ReducingTransformer,
     count_gmacs,
@@ -343,7 +344,10 @@ def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bo
     if get_world_size() > 1:
         wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
         image = torch.zeros(1, 3, *model.patch_embed.img_size, device=device)
-        (0 * wrapped(image).sum()).backward()
+        model.train(model.settings.evo_readout == "mean")  # with both heads
+        outputs = wrapped(image)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        (0 * sum(map(torch.sum, outputs))).backward()
         model.zero_grad()
     if compiled:  # after the pass above, whose one image would need a graph of its own
         model.compile(dynamic=False)
@@ -392,7 +396,7 @@ def validate(
 ) -> dict[str, float]:
     """Evaluates the weights and their moving average, and keeps the best of the former.
 
-    While the keep rate shrinks no epoch counts as the best: only the final keep rates compare.
+    While the keep rate shrinks, or Evo-ViT warms up layer-wise, no epoch counts as the best.
     """
     evaluated = partial(
         run_evaluation, args, val_loader=val_loader, device=device, stop_requested=stop_requested
@@ -406,7 +410,7 @@ def validate(
         results["test_ema"] = evaluated(average, header="test_ema:")
     if folder is not None:
         folder.save_correct(torch.cat(correct) if correct and get_world_size() == 1 else None)
-    if state.model.keep_rates == final_keep_rates:
+    if state.model.keep_rates == final_keep_rates and not state.model.layer_wise:
         improved = results["test"]["acc1"] > state.best.get("test_acc1", -1.0)
         for prefix, result in results.items():
             name = f"{prefix}_acc1"
@@ -433,6 +437,13 @@ def change_keep_rate(state: TrainState, keep_rates: Sequence[float], *, compiled
     if compiled and state.model.keep_rates != tuple(keep_rates):
         torch.compiler.reset()
     set_keep_rate(state, keep_rates)
+
+
+def change_layer_wise(state: TrainState, layer_wise: bool, *, compiled: bool) -> None:
+    """Starts or ends Evo-ViT's layer-wise warm-up, as `change_keep_rate`."""
+    if compiled and state.model.layer_wise != layer_wise:
+        torch.compiler.reset()
+    set_layer_wise(state, layer_wise)
 
 
 def cosub_batch(
@@ -485,6 +496,8 @@ def train(
     try:
         for epoch in range(state.epoch, args.epochs):
             # Train
+            is_warm_up = epoch < args.evo_layerwise_epochs
+            change_layer_wise(state, is_warm_up, compiled=args.compile)
             first_step, epoch_begin = state.step, time.time()
             sampler.set_epoch(epoch, start=first_step * args.batch_size)
             result = train_one_epoch(
@@ -554,6 +567,14 @@ def say_no_effect(args: argparse.Namespace) -> None:
             logger.info(f"{' '.join(given)}: without effect, {reason}")
 
 
+def check_evo(args: argparse.Namespace, model: ReducingTransformer, *, training_mode: bool) -> None:
+    """Refuses flags of Evo-ViT's training that would have no effect, or half of one."""
+    if args.evo_layerwise_epochs > 0 and not model.settings.method.waits:
+        raise InputError(f"--evo-layerwise-epochs is for evo, not for {model.reduction}")
+    if model.settings.evo_readout == "mean" and not training_mode:
+        raise InputError("--evo-readout mean trains two heads: add --train-mode")
+
+
 def run(args: argparse.Namespace) -> None:
     """Builds everything, then trains or evaluates."""
     # Start
@@ -603,14 +624,19 @@ def run(args: argparse.Namespace) -> None:
     # Training
     train_loader = build_train_loader(args, train_dataset, device)
     criterion = build_criterion(args, num_classes, device, config["input_size"])
+    if model.settings.evo_readout == "mean":
+        criterion = TwoHeadLoss(criterion)
     state = build_state(args, model, device)
     facts |= start_state(args, state, train_loader, start)
     mode = find_training_mode(args, start.checkpoint if start.resumes else {})
+    check_evo(args, model, training_mode=mode)
     options = train_options(args, model.keep_rates, device, training_mode=mode)
     folder = None
     if output_dir is not None and is_main_process():
         about = {"data_config": config, "training_mode": mode}
         about["model_args"] = model.reduction_settings() | model_args  # defaults too
+        proportional = "on" if model.settings.is_proportional else "off"  # whatever "auto" will be
+        about["model_args"]["proportional_attention"] = proportional
         folder = RunFolder(output_dir, args, classes=val_dataset.classes, **about)
         folder.start(state.epoch, facts, source=start.source if start.resumes else "")
     loaders = train_loader, val_loader

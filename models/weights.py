@@ -13,6 +13,12 @@ from .vit import REDUCTION_KEYWORDS
 WEIGHT_SOURCES = (
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
 )  # fmt: skip
+# Evo-ViT's lists of modules, and what they are in timm's blocks.
+EVO_GROUPS = {"projs": "attn.proj", "norms": "norm1"}
+# What those weights are: the published preset.
+EVO_SETTINGS = {
+    "reduction": "evo", "keep_rate": 0.5, "reduction_loc": (4, 8), "evo_readout": "mean",
+}  # fmt: skip
 # By convention these have 16 heads, and all others a head for 64 channels.
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
 
@@ -66,6 +72,49 @@ def shown_settings(weights: Mapping[str, Tensor]) -> dict:
         ("num_classes", shapes.get("head.bias", (0,))[0], "head.bias" in names),
     )
     return {name: value for name, value, is_shown in settings if is_shown}
+
+
+def from_evo_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an Evo-ViT on DeiT under timm's names, any others as they are.
+
+    Its readout of the mean patch has timm's names norm and head, that of the class token keeps its
+    own, norm_cls and head_cls (which the published evaluation removes).
+    """
+    if "qks.0.qk.weight" not in weights:
+        return weights
+    renamed = {}
+    for name, value in weights.items():
+        group, _, rest = name.partition(".")
+        number, _, rest = rest.partition(".")
+        if group == "qks":
+            kind = rest.rpartition(".")[2]
+            qkv = torch.cat([value, weights[f"vs.{number}.v.{kind}"]])
+            renamed[f"blocks.{number}.attn.qkv.{kind}"] = qkv
+        elif group in EVO_GROUPS:
+            renamed[f"blocks.{number}.{EVO_GROUPS[group]}.{rest}"] = value
+        elif group != "vs":
+            renamed[name] = value
+    return renamed
+
+
+def to_evo_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a DeiT under the names of Evo-ViT's code; undoes `from_evo_names`."""
+    renamed = {}
+    for name, value in weights.items():
+        block, _, part = name.removeprefix("blocks.").partition(".")
+        module, _, kind = part.rpartition(".")
+        groups = {theirs: group for group, theirs in EVO_GROUPS.items()}
+        if not name.startswith("blocks."):
+            renamed[name] = value
+        elif module == "attn.qkv":
+            width = len(value) // 3
+            renamed[f"qks.{block}.qk.{kind}"] = value[: 2 * width]
+            renamed[f"vs.{block}.v.{kind}"] = value[2 * width :]
+        elif module in groups:
+            renamed[f"{groups[module]}.{block}.{kind}"] = value
+        else:
+            renamed[name] = value
+    return renamed
 
 
 def inherited_settings(stored: Mapping, model_name: str | None) -> dict:
