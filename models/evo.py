@@ -29,7 +29,7 @@ class SlowFast(NamedTuple):
         """All patches (B, N_0, D) are active, without a score."""
         active = torch.arange(patches.shape[1], device=patches.device)
         score = torch.zeros_like(patches[..., 0], dtype=torch.float32)
-        return cls(patches, active.expand(len(patches), -1), score)
+        return cls(patches, active.expand(patches.shape[0], -1), score)
 
     def write_back(self, patches: Tensor) -> Tensor:
         """(B, N_0, D) the grid with the active patches (B, K, D) in their places."""
@@ -50,7 +50,7 @@ class SlowFast(NamedTuple):
         grid = self.write_back(patches)
         place = torch.where(assignment < 0, kept, assignment)  # those that wait: an extra place
         position = torch.arange(grid.shape[1], device=grid.device).expand_as(place)
-        active = position.new_zeros(len(grid), kept + 1).scatter(1, place, position)[:, :kept]
+        active = position.new_zeros(grid.shape[0], kept + 1).scatter(1, place, position)[:, :kept]
         return SlowFast(grid, active, self.score), gather_tokens(grid, active)
 
     def update_score(self, row: Tensor, *, trade_off: float) -> "SlowFast":

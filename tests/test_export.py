@@ -65,6 +65,26 @@ def test_every_method_in_one_graph(tmp_path: Path) -> None:
     assert agrees(write(model, path), path, draw_batch(3, 3, *IMG_SIZE))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reduction": "bat", "proportional_attention": "on", "density_neighbors": 0},
+        {"reduction": "bat", "proportional_attention": "on", "features": "keys"},
+        {"reduction": "tome", "tome_r": 3, "reduction_loc": (0, 1, 2, 3)},
+        {"reduction": "ppt", "ppt_threshold": 1e-3},
+        {"reduction": "evo"},
+        {"reduction": "evo", "evo_readout": "mean"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_methods_as_published(tmp_path: Path, settings: dict) -> None:
+    model = build_tiny(**{"img_size": IMG_SIZE, "depth": 4, "keep_rate": 0.6} | settings)
+    path = tmp_path / ("model.onnx" if HAS_ONNX else "model.pt2")
+    module = write(model, path)
+    for batch_size in (1, 5):
+        assert agrees(module, path, draw_batch(batch_size, 3, *IMG_SIZE))
+
+
 class Groups(nn.Module):
     """The choice of BAT's groups alone: tokens (B, N, D), importances (B, N) in one tensor."""
 
