@@ -218,8 +218,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the tokens that leave a reducing block, in (0, 1]: one value, or one per "
         "block; default: the checkpoint's, or 0.7")
     add("--reduction", type=reduction_method, metavar="METHOD",
-        help=f"{', '.join(REDUCTIONS)}, or my_module:my_method, which is imported; default: the "
-        "checkpoint's, or bat")
+        help=f"{', '.join(REDUCTIONS)}, or my_module:my_method, which is imported; tome is a "
+        "variant of ToMe at the other methods' blocks, and as published with --tome-r; default: "
+        "the checkpoint's, or bat")
     add("--reduction-loc", "--drop-loc", nargs="*", metavar="BLOCK", action=_Blocks,
         help="indices of the reducing blocks, from 0; default: the checkpoint's, or those after a "
         "quarter, half and three quarters of the depth")

@@ -84,3 +84,22 @@ finetune_recipe() {
         --mixup 0.8 --cutmix 1.0 --repeated-aug --amp "${AMP:-fp16}" --resume auto \
         --output-dir "${OUTPUT:-output/bat_deit_small_keep$keep_rate}" "$@"
 }
+
+# Runs main.py in the background, or goes on with an earlier run, once fewer than JOBS are under way;
+# a finished one is left alone: NAME EPOCHS FLAGS..., below $runs. Needs `trap end_runs INT TERM`.
+start_run() {
+    local name="$1" epochs="$2" run="$runs/$1"
+    shift 2 # done is what has a line an epoch, and a checkpoint after the last of them
+    [[ "$run/checkpoint.pth" -nt "$run/log.txt" && $(wc -l <"$run/log.txt") = "$epochs" ]] && return
+    while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || echo "a run failed: see $runs/*.txt"; done
+    echo "$(date +%T) $name"
+    OMP_NUM_THREADS=$(($(nproc) > JOBS ? $(nproc) / JOBS : 1)) python main.py \
+        --epochs "$epochs" --resume auto --output-dir "$run" "$@" >"$run.txt" 2>&1 &
+}
+
+# Ends the runs of `start_run`; each saves a checkpoint first.
+end_runs() {
+    kill $(jobs -p) 2>/dev/null
+    wait
+    exit 75
+}

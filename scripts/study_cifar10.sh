@@ -30,23 +30,15 @@ smoke) # to see that everything runs; its figures mean nothing
 esac
 JOBS="${JOBS:-$([ "$SIZE" = gpu ] && echo 6 || nproc)}" # runs at a time
 runs="$OUTPUT/runs" && mkdir -p "$runs"
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 75' INT TERM # each run saves a checkpoint first
+trap end_runs INT TERM
 
-# Starts a run, or goes on with it, once fewer than JOBS are under way: NAME EPOCHS FLAGS...
-train() {
-    local name="$1" epochs="$2" run="$runs/$1"
-    shift 2 # done is what has a line an epoch, and a checkpoint after the last of them
-    [[ "$run/checkpoint.pth" -nt "$run/log.txt" && $(wc -l <"$run/log.txt") = "$epochs" ]] && return
-    while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || echo "a run failed: see $runs/*.txt"; done
-    echo "$(date +%T) $name"
-    OMP_NUM_THREADS=$(($(nproc) > JOBS ? $(nproc) / JOBS : 1)) python main.py \
-        --model bat_deit_tiny_patch16_224 --input-size 32 --reduction-loc $STAGES \
+train() { # NAME EPOCHS FLAGS...
+    start_run "$1" "$2" --model bat_deit_tiny_patch16_224 --input-size 32 --reduction-loc $STAGES \
         --model-kwargs patch_size=4 embed_dim=$WIDTH depth=$DEPTH num_heads=$HEADS \
         --data-path "$DATA" --image-cache "$OUTPUT/images" --epoch-images $IMAGES --src \
-        --batch-size $BATCH --epochs "$epochs" --eval-interval "$epochs" --unscale-lr \
+        --batch-size $BATCH --eval-interval "$2" --unscale-lr \
         --aa none --color-jitter 0 --reprob 0 --no-repeated-aug --smoothing 0.1 --opt adamw \
-        --sched cosine --no-model-ema --num-workers 0 "${ON[@]}" --resume auto \
-        --output-dir "$run" "$@" >"$run.txt" 2>&1 &
+        --sched cosine --no-model-ema --num-workers 0 "${ON[@]}" "${@:3}"
 }
 scratch() { # NAME FLAGS...
     train "$1" "$DENSE_EPOCHS" --lr "$LR" --min-lr 1e-5 --warmup-lr 1e-4 --weight-decay 0.05 \

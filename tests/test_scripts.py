@@ -60,6 +60,28 @@ def test_torchrun_starts_anew_without_the_old_store(tmp_path):
     assert words[:2] == ["torchrun", "1"] and parse(words).batch_size == 256
 
 
+@pytest.mark.parametrize(("size", "count"), [("cpu", 15), ("gpu", 85), ("smoke", 7)])
+def test_the_study_of_photographs_has_its_runs(tmp_path, size, count):
+    (tmp_path / "out/runs").mkdir(parents=True)
+    commands = run_script(tmp_path, "study_imagenet20.sh", SIZE=size, JOBS=1)
+    runs = [parse(words) for words in commands if "main.py" in words]
+    assert len({args.output_dir for args in runs}) == len(runs) == count
+    starts = {args.finetune for args in runs}
+    assert starts == {f"{tmp_path}/out/head.pth", f"{tmp_path}/out/runs/dense/checkpoint.pth"}
+    settings = {(args.lr, args.epochs, args.epoch_images, args.batch_size) for args in runs}
+    assert len(settings) == 1, "the same recipe for all"
+    tools = {word for words in commands for word in words if word.startswith("tools.")}
+    assert tools == {"tools.linear_head", "tools.sweep", "tools.diversity", "tools.table"}
+
+
+def test_the_recipe_of_evo(tmp_path):
+    (words,) = run_script(tmp_path, "train_evo.sh")
+    args = parse(words)
+    assert (args.reduction, args.keep_rate, args.reduction_loc) == ("evo", [0.5], [4, 8])
+    assert (args.evo_readout, args.evo_layerwise_epochs, args.epochs) == ("mean", 200, 300)
+    assert args.batch_size * args.accum_steps == 1024
+
+
 @pytest.mark.parametrize(("size", "count"), [("cpu", 28), ("gpu", 97), ("smoke", 10)])
 def test_the_study_has_its_runs(tmp_path, size, count):
     (tmp_path / "out/runs/dense").mkdir(parents=True)

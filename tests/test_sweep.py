@@ -121,6 +121,48 @@ def test_sweep_equals_separate_evaluations(root, evaluated, finished):
     assert len({row["loss"] for row in rows}) == len(rows)  # the configurations do differ
 
 
+def test_methods_with_settings_of_their_own(root, evaluated, flags, tmp_path):
+    variants = ["none", "bat,cluster_ratio=0.2,proportional_attention=on", "tome,tome_r=3"]
+    variants += ["evo,keep_rate=0.5,reduction_loc=1+2", "bat", "topk,reduction_loc=2"]
+    argv = flags(tmp_path, "--reduction", *variants)
+    assert run_tool(sweep.main, argv) == 0
+    rows, _ = read(tmp_path)
+    checkpoint = load_checkpoint(root / "a.pth")
+    settings = {
+        variants[1]: {"cluster_ratio": 0.2, "proportional_attention": "on"},
+        variants[2]: {
+            "reduction": "tome",
+            "tome_r": 3,
+            "reduction_loc": (0, 1, 2),
+            "proportional_attention": "on",
+        },
+        variants[3]: {"reduction": "evo", "keep_rate": 0.5, "reduction_loc": (1, 2)},
+        variants[5]: {"reduction": "topk", "reduction_loc": (2,)},
+        "none": {"reduction": "none"},
+    }
+    names = [(row["reduction"], row["keep_rate"]) for row in rows]
+    assert names == [
+        ("none", 1), (variants[1], 0.7), (variants[1], 0.4), (variants[2], None),
+        (variants[3], None), ("bat", 0.7), ("bat", 0.4), (variants[5], 0.7), (variants[5], 0.4),
+    ]  # fmt: skip
+    for row in rows:
+        rate = {} if row["keep_rate"] is None else {"keep_rate": row["keep_rate"]}
+        model = model_from_checkpoint(checkpoint, **settings.get(row["reduction"], {}) | rate)
+        expected = evaluated(model)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+        assert row["tokens"] == [stage.num_outputs for stage in model.stages()]
+
+
+def test_parts_of_the_images(flags, single, tmp_path):
+    _, whole = read(single)
+    for number in (1, 2, 3):
+        output = tmp_path / str(number)
+        assert run_tool(sweep.main, flags(output, "--part", f"{number}/3")) == 0
+        _, arrays = read(output)
+        expected = whole["predicted"][:, number - 1 :: 3]
+        np.testing.assert_array_equal(arrays["predicted"], expected)
+
+
 def test_tables_hold_what_json_holds(finished):
     whole = json.loads((finished / "sweep.json").read_text())
     table = pd.read_csv(finished / "sweep.csv")
@@ -223,6 +265,10 @@ def test_moving_average_of_the_weights(root, evaluated, flags, tmp_path):
         (["--cluster-ratio", "2"], ["cluster_ratio", "2"]),
         (["--batch-size", "0"], ["--batch-size", "0", "at least 1"]),
         (["--save-every", "0"], ["--save-every", "0", "at least 1"]),
+        (["--part", "3/2"], ["--part", "must be 1/N to N/N, got 3/2"]),
+        (["--part", "half"], ["--part", "half"]),
+        (["--reduction", "bat,c=1"], ["'c=1' is not NAME=VALUE", "cluster_ratio"]),
+        (["--reduction", "bat,cluster_ratio=2"], ["bat,cluster_ratio=2@0.7", "[0, 1]"]),
         (["--output-dir", ""], ["--output-dir"]),
         (["--data-path", "nowhere"], ["nowhere"]),
     ],

@@ -46,9 +46,11 @@ METHODS = {
     "bat": ("BAT", "#D55E00", "o"),
     "evit": ("EViT", "#0072B2", "s"),
     "topk": ("top-k", "#56B4E9", "v"),
-    "tome": ("ToMe", "#009E73", "D"),
+    "tome": ("ToMe, 3 stages", "#009E73", "D"),
     "dpcknn": ("DPC-KNN", "#CC79A7", "^"),
     "random": ("random", "#E69F00", "X"),
+    "evo": ("Evo-ViT", "#999933", "p"),
+    "ppt": ("PPT", "#661100", "h"),
     "none": ("dense", "#000000", "*"),
 }
 OTHER = ("#666666", "P")
@@ -57,9 +59,14 @@ styled = matplotlib.rc_context(STYLE)  # a decorator: the function draws under t
 
 
 def method_style(reduction: str) -> dict:
-    """Label, colour and marker of a method, as keywords of `Axes.plot`."""
-    label, colour, marker = METHODS.get(reduction, (reduction, *OTHER))
-    return {"label": label, "color": colour, "marker": marker}
+    """Label, colour and marker of a method, as keywords of `Axes.plot`.
+
+    A method with settings of its own (bat,cluster_ratio=0.25) is hollow.
+    """
+    method, comma, _ = reduction.partition(",")
+    label, colour, marker = METHODS.get(method, (method, *OTHER))
+    style = {"label": reduction if comma else label, "color": colour, "marker": marker}
+    return style | ({"markerfacecolor": "white"} if comma else {})
 
 
 def new_figure(height: float) -> Figure:

@@ -415,8 +415,9 @@ def write_sweep(folder: Path, table: pd.DataFrame, comparisons: list[dict], sett
     """Writes the tables and the figure of a finished sweep, and prints the main columns."""
     tokens = table.tokens.map(lambda counts: " ".join(map(str, counts)))
     common.write_table(table.assign(tokens=tokens), folder / "sweep.csv")
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
     whole = {
-        "results": table.to_dict("records"),
+        "results": rows,
         "comparisons": comparisons,
         "settings": settings,
         "git_hash": git_hash(),
@@ -503,6 +504,8 @@ def run(args: Namespace) -> int:
     # What to evaluate.
     contenders, dataset = load_inputs(args)
     configurations = make_configurations(list(contenders), args.reductions, args.keep_rates)
+    for configuration in configurations:  # bad settings are refused before anything runs
+        contenders[configuration.checkpoint].switch(configuration)
     asked = [tuple(find_configuration(configurations, name) for name in pair)
              for pair in args.compare]  # fmt: skip
     # What an earlier sweep knows already.

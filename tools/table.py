@@ -33,7 +33,9 @@ INCIDENTAL = (
     "image_cache", "checkpoint_interval", "keep_checkpoints", "dist_timeout",
 )  # fmt: skip
 # Settings of the model, which the args.json of old runs may leave out.
-SETTINGS = ("reduction", "cluster_ratio", "match_ratio", "merge_weights")
+SETTINGS = (
+    "reduction", "proportional_attention", "cluster_ratio", "match_ratio", "merge_weights",
+)  # fmt: skip
 FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f"}
 FORMATS |= {"difference": "+.2f", "standard_error": ".2f"}
 
@@ -107,7 +109,7 @@ def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> d
         difference, standard_error = paired_difference(correct, correct_baseline)
     rates = [f"{rate:g}" for rate in last["keep_rate"]] or ["1"]
     reduction = about["model_args"]["reduction"]
-    shown = SETTINGS if reduction == "bat" else ("reduction",)  # the others are BAT's alone
+    shown = SETTINGS if reduction == "bat" else SETTINGS[:2]  # the others are BAT's alone
     return {
         "run": runs[0].folder.name,
         **{name: about["model_args"][name] if name in shown else None for name in SETTINGS},
@@ -159,6 +161,7 @@ def get_args_parser() -> ArgumentParser:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     add("--baseline", type=Path, required=True, metavar="RUN", help="run to subtract from each")
+    add("--title", default="", help="words above the table, such as the size of the study")
     add("--output-dir", default="", help="where to write table and figure; default: nowhere")
     return parser
 
@@ -166,7 +169,7 @@ def get_args_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Reads the runs, and writes their table and figure."""
     table = make_table(args.runs, args.baseline)
-    text = to_markdown(table)
+    text = (f"{args.title}\n\n" if args.title else "") + to_markdown(table)
     print(text, end="")
     if args.output_dir:
         folder = check_writable(args.output_dir)
