@@ -164,7 +164,7 @@ def test_dense_model_is_timms_with_fused_attention() -> None:
     [
         (["--keep-rate", "1.5"], "keep_rate must be in (0, 1], got 1.5"),
         (["--keep-rate", "nan"], "keep_rate must be in (0, 1], got nan"),
-        (["--reduction", "magic"], "invalid choice: 'magic'"),
+        (["--reduction", "magic"], "unknown method 'magic'"),
         (["--repetitions", "9"], "--repetitions: must be at least 10, got 9"),
         (["--latency-repetitions", "-1"], "must be at least 0, got -1"),
         (["--threads", "0"], "must be at least 1, got 0"),

@@ -23,6 +23,9 @@ from arguments import (
     at_least,
     model_arguments,
     random_seed,
+    reduction_variant,
+    variant_name,
+    with_method,
 )
 from checkpoints import build_model
 from models import REDUCTIONS, ReducingTransformer, count_gmacs
@@ -49,7 +52,7 @@ CALLS_ON_GPU = 20
 class Candidate(NamedTuple):
     """What a line of the table is about."""
 
-    reduction: str  # a name in REDUCTIONS, or "dense" for timm's own model
+    reduction: str  # a method, with its settings, or "dense" for timm's own model
     keep_rate: float  # share of the tokens that leave a stage; 1 for the dense model
     model: nn.Module  # on its device
     gmacs: float  # multiply-accumulates of one image, in 10^9
@@ -76,8 +79,10 @@ def build_candidates(
     lines += [(reduction, rate) for rate in args.keep_rate for reduction in args.reduction]
     candidates = []
     for reduction, rate in lines:
-        own = {"input_size": img_size, "keep_rate": [rate], "reduction": reduction}
+        own = {"input_size": img_size, "keep_rate": [rate], "reduction": None}
         model_args = model_arguments(Namespace(**vars(args) | own))
+        if reduction != DENSE:
+            model_args = with_method(model_args, **reduction_variant(reduction))
         torch.manual_seed(setting.seed)
         model = build_dense(model_args) if reduction == DENSE else build_model(model_args)
         gmacs = count_gmacs(model)
@@ -310,8 +315,8 @@ def get_args_parser() -> ArgumentParser:
     add = parser.add_argument_group("what to compare; every combination is a line").add_argument
     add("--keep-rate", "--base-keep-rate", type=float, nargs="+", default=[0.7, 0.5, 0.3, 0.2],
         metavar="RATE", help="keep rates, each in (0, 1] and the same in all stages")
-    add("--reduction", nargs="+", choices=tuple(REDUCTIONS), default=["bat", "topk"],
-        metavar="METHOD", help=f"methods: {', '.join(REDUCTIONS)}")
+    add("--reduction", nargs="+", type=variant_name, default=["bat", "topk"], metavar="METHOD",
+        help=f"methods: {', '.join(REDUCTIONS)}; with settings: METHOD,NAME=VALUE,...")
     add("--input-size", type=_size, nargs="+", default=[(224, 224)], metavar="SIZE",
         help="image sizes, SIDE or HEIGHTxWIDTH in pixels; default: 224")
     add("--batch-size", type=at_least(1), nargs="+", default=[16], help="images at a time")
@@ -342,7 +347,7 @@ def make_setting(args: Namespace) -> Setting:
         raise InputError(f"--cuda-graphs needs a GPU, the device is {device}")
     if args.what == "stage" and args.reduction_loc == []:
         raise InputError("--what stage needs a reducing block in --reduction-loc")
-    if args.what == "stage" and args.reduction == "evo":
+    if args.what == "stage" and any(name.startswith("evo") for name in args.reduction):
         raise InputError("--what stage: the stages of evo stand between blocks")
     if args.ema:
         raise InputError("--ema needs a checkpoint, but these weights are random")
