@@ -268,7 +268,7 @@ def test_moving_average_of_the_weights(root, evaluated, flags, tmp_path):
         (["--part", "3/2"], ["--part", "must be 1/N to N/N, got 3/2"]),
         (["--part", "half"], ["--part", "half"]),
         (["--reduction", "bat,c=1"], ["'c=1' is not NAME=VALUE", "cluster_ratio"]),
-        (["--reduction", "bat,cluster_ratio=2"], ["bat,cluster_ratio=2@0.7", "[0, 1]"]),
+        (["--reduction", "bat,cluster_ratio=2"], ["bat,cluster_ratio=2: ", "[0, 1]"]),
         (["--output-dir", ""], ["--output-dir"]),
         (["--data-path", "nowhere"], ["nowhere"]),
     ],

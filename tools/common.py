@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -21,13 +22,22 @@ from arguments import (
     folder,
     model_arguments,
     random_seed,
+    reduction_variant,
     variant_name,
+    with_method,
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
-from models import REDUCTIONS, ReducingTransformer, describe_reduction
+from models import REDUCTIONS, ReducingTransformer, describe_reduction, make_reducing
 from models.reduction import ReducedTokens
-from utils import InputError, init_process, logger, seed_everything, write_atomically
+from utils import (
+    InputError,
+    init_process,
+    logger,
+    refusing,
+    seed_everything,
+    write_atomically,
+)
 
 
 def tool_parser(name: str, description: str, *, batch_size: int) -> ArgumentParser:
@@ -80,6 +90,20 @@ def load_model(args: Namespace, path: str, device: torch.device) -> ReducingTran
     model = model_from_checkpoint(checkpoint, ema=args.ema, source=path, **keywords)
     logger.info(describe_reduction(model))
     return model.to(device)
+
+
+class Contender(NamedTuple):
+    """A model and the settings that it came with, to be switched between methods."""
+
+    model: ReducingTransformer
+    settings: dict  # keywords of `make_reducing`
+
+    def switch(self, reduction: str, keep_rate: float | None = None) -> ReducingTransformer:
+        """The model with a method, which may bring settings, and maybe with a keep rate."""
+        changes = {"keep_rate": keep_rate} if keep_rate is not None else {}
+        changes |= reduction_variant(reduction)
+        with refusing(reduction):
+            return make_reducing(self.model, **with_method(self.settings, **changes), check=False)
 
 
 def readable_batches(

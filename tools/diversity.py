@@ -112,8 +112,8 @@ def num_attentive_tokens(model: ReducingTransformer) -> dict[int, int]:
     }
 
 
-def measure_images(model: ReducingTransformer, images: Tensor) -> pd.DataFrame:
-    """Measures every block on images (B, 3, H, W): a row a block and image."""
+def measure_images(model: ReducingTransformer, name: str, images: Tensor) -> pd.DataFrame:
+    """Measures every block on images (B, 3, H, W): a row a block and image, of a named method."""
     with common.block_outputs(model) as outputs:
         model(images)
     attentive = num_attentive_tokens(model)
@@ -124,7 +124,7 @@ def measure_images(model: ReducingTransformer, images: Tensor) -> pd.DataFrame:
         share = attention_share(output.importance, attentive[block]).cpu() if reduces else np.nan
         values = {name: measure(patches).cpu() for name, measure in MEASURES.items()}
         facts = {
-            "reduction": model.reduction,
+            "reduction": name,
             "block": block,
             "num_tokens": patches.shape[1],
             "num_attentive": attentive[block] if reduces else 0,
@@ -146,12 +146,11 @@ def measure_methods(
         num_attentive (missing outside reducing blocks), of each measure the mean over the images
         and the standard deviation (missing where it is not defined), and num_images.
     """
-    tables = []
+    tables, contender = [], common.Contender(model, model.reduction_settings())
     for images in batches:
-        images = images.to(model.head.weight.device)
+        images = images.to(model.patch_embed.proj.weight.device)
         for reduction in reductions:
-            model.set_reduction(reduction)
-            tables.append(measure_images(model, images))
+            tables.append(measure_images(contender.switch(reduction), reduction, images))
     keys = ["reduction", "block", "num_tokens", "num_attentive"]
     groups = pd.concat(tables).groupby(keys, sort=False)
     mean, std = groups.mean(), groups.std(ddof=0).add_suffix("_std")

@@ -33,12 +33,11 @@ from arguments import (
     at_least,
     data_config,
     reduction_variant,
-    with_method,
 )
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
 from inputs.cache import digest_dataset
-from models import ReducingTransformer, count_gmacs, make_reducing
+from models import ReducingTransformer, count_gmacs
 from models.vit import LeadingTokens
 from tools import common
 from tools.figures import plot_accuracy, save_figure
@@ -49,7 +48,6 @@ from utils import (
     find_amp,
     git_hash,
     logger,
-    refusing,
     run_script,
     versions,
     write_atomically,
@@ -129,21 +127,6 @@ def short_labels(paths: Sequence[str]) -> list[str]:
     raise InputError(f"checkpoints must differ, got {', '.join(paths)}")
 
 
-class Contender(NamedTuple):
-    """A checkpoint's model and the settings that it came with."""
-
-    model: ReducingTransformer
-    settings: dict  # keywords of `make_reducing`
-
-    def switch(self, configuration: Configuration) -> ReducingTransformer:
-        """The model, with the method and keep rate of a configuration."""
-        changes = reduction_variant(configuration.reduction)
-        if not math.isnan(configuration.keep_rate):
-            changes |= {"keep_rate": configuration.keep_rate}
-        with refusing(configuration.name):
-            return make_reducing(self.model, **with_method(self.settings, **changes), check=False)
-
-
 # What is known -----------------------------------------------------------------------------------
 
 Predictions = dict[str, np.ndarray]  # the arrays of predictions.npz, see `open_predictions`
@@ -202,7 +185,7 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
 
 def sweep_settings(
     args: Namespace,
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[str, common.Contender],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
 ) -> dict:
@@ -239,7 +222,15 @@ def digest_weights(model: nn.Module) -> str:
 # The pass over the data --------------------------------------------------------------------------
 
 
-def find_place(contenders: Mapping[str, Contender]) -> torch.device:
+def switch(
+    contenders: Mapping[str, common.Contender], configuration: Configuration
+) -> ReducingTransformer:
+    """The configuration's model, with its method and keep rate."""
+    checkpoint, reduction, keep_rate = configuration
+    return contenders[checkpoint].switch(reduction, None if math.isnan(keep_rate) else keep_rate)
+
+
+def find_place(contenders: Mapping[str, common.Contender]) -> torch.device:
     return next(iter(contenders.values())).model.patch_embed.proj.weight.device
 
 
@@ -259,7 +250,7 @@ def timed(
 
 
 def timed_logits(
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[str, common.Contender],
     configurations: Sequence[Configuration],
     images: Tensor,
     amp_dtype: torch.dtype | None,
@@ -271,7 +262,7 @@ def timed_logits(
     """
     shared: dict[tuple[str, int], tuple[LeadingTokens, float]] = {}
     for configuration in configurations:
-        model = contenders[configuration.checkpoint].switch(configuration)
+        model = switch(contenders, configuration)
         key = configuration.checkpoint, model.num_leading_blocks
         if key not in shared:
             shared[key] = timed(partial(model.run_leading_blocks, images), images.device, amp_dtype)
@@ -284,7 +275,7 @@ def timed_logits(
 def run_sweep(
     args: Namespace,
     predictions: Predictions,
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[str, common.Contender],
     configurations: Sequence[Configuration],
     dataset: SampleDataset,
     path: Path,
@@ -332,7 +323,7 @@ def run_sweep(
 
 def summarize(
     predictions: Predictions,
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[str, common.Contender],
     configurations: Sequence[Configuration],
 ) -> pd.DataFrame:
     """A row for every configuration of a finished sweep.
@@ -348,7 +339,7 @@ def summarize(
     ]
     gmacs, tokens = [], []
     for configuration in configurations:
-        model = contenders[configuration.checkpoint].switch(configuration)
+        model = switch(contenders, configuration)
         gmacs.append(count_gmacs(model))
         tokens.append([stage.num_outputs for stage in model.stages()])
     return pd.DataFrame(configurations).assign(
@@ -481,7 +472,7 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def load_inputs(args: Namespace) -> tuple[dict[str, Contender], SampleDataset]:
+def load_inputs(args: Namespace) -> tuple[dict[str, common.Contender], SampleDataset]:
     """The models by the label of their checkpoint, and the validation set that fits them all."""
     device = common.find_device(args)
     models = [common.load_model(args, path, device) for path in args.checkpoint]
@@ -495,7 +486,7 @@ def load_inputs(args: Namespace) -> tuple[dict[str, Contender], SampleDataset]:
             raise InputError(
                 f"{path} has {model.num_classes} classes, {args.data_path} has {num_classes}"
             )
-    contenders = [Contender(model, model.reduction_settings()) for model in models]
+    contenders = [common.Contender(model, model.reduction_settings()) for model in models]
     return dict(zip(short_labels(args.checkpoint), contenders, strict=True)), dataset
 
 
@@ -505,7 +496,7 @@ def run(args: Namespace) -> int:
     contenders, dataset = load_inputs(args)
     configurations = make_configurations(list(contenders), args.reductions, args.keep_rates)
     for configuration in configurations:  # bad settings are refused before anything runs
-        contenders[configuration.checkpoint].switch(configuration)
+        switch(contenders, configuration)
     asked = [tuple(find_configuration(configurations, name) for name in pair)
              for pair in args.compare]  # fmt: skip
     # What an earlier sweep knows already.

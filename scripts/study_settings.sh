@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# BAT's settings off the shelf, one factor at a time from the best so far, and every baseline: a
+# search on some of the validation images, a report on others.
+# CHECKPOINT, DATA: a model with its head and the images of its classes; FLAGS: more flags of
+# tools.sweep for them; SEARCH, REPORT: the parts of the images, K/N each (default 1/2 and 2/2);
+# STEP: search, report or both; OUTPUT, VENV: see scripts/lib.sh. Started again, it goes on.
+source "$(dirname "$0")/lib.sh"
+use_env
+OUTPUT="${OUTPUT:-output/study_settings}" STEP="${STEP:-both}"
+
+sweep() { # FOLDER PART METHODS...
+    python -m tools.sweep --checkpoint "$CHECKPOINT" --data-path "$DATA" --part "$2" \
+        --keep-rate 0.7 0.5 0.3 --output-dir "$OUTPUT/$1" ${FLAGS:-} --reduction "${@:3}"
+}
+vary() { # SETTINGS NAME VALUES...: bat with these settings and each value of one more
+    for value in "${@:3}"; do echo "bat,$1,$2=$value"; done
+}
+on=proportional_attention=on off=proportional_attention=off
+base=$on,cluster_ratio=0.4,match_ratio=0.1 # what BAT was designed with, and proportional attention
+many=$on,cluster_ratio=0.8,match_ratio=0.1 # clusters
+none=$on,cluster_ratio=0                   # and none
+
+if [ "$STEP" != report ]; then
+    sweep search "${SEARCH:-1/2}" none evit "evit,$on" \
+        $(vary "$base" merge_weights importance mean size) \
+        "bat,$off,cluster_ratio=0.4,match_ratio=0.1" \
+        "bat,$off,cluster_ratio=0.4,match_ratio=0.1,merge_weights=mean" \
+        $(vary "$on,match_ratio=0.1" cluster_ratio 0 0.1 0.25 0.6 0.8) \
+        $(vary "$on,cluster_ratio=0.4" match_ratio 0 0.3 0.5 1) \
+        $(vary "$base" features keys) $(vary "$base" density_neighbors 0) \
+        $(vary "$on,match_ratio=0.5" cluster_ratio 0.25 0.6 0.8) \
+        $(vary "$on,cluster_ratio=0.4,match_ratio=0.5" merge_weights mean size) \
+        $(vary "$many" merge_weights mean size) $(vary "$many" features keys) \
+        $(vary "$many" density_neighbors 0) $(vary "$on,cluster_ratio=0.8" match_ratio 0) \
+        $(vary "$none" match_ratio 0.3 0.5 0.75 1) \
+        $(vary "$none,match_ratio=0.5" merge_weights mean size) \
+        $(vary "$none,match_ratio=0.5" features keys) "bat,$off,cluster_ratio=0,match_ratio=0.5"
+fi
