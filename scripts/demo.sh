@@ -7,7 +7,7 @@ OUTPUT="${OUTPUT:-output/demo}"
 setup_env requirements.txt
 
 python main.py --data-set DEMO --data-path "$OUTPUT/data" --output-dir "$OUTPUT" --resume auto \
-    --model bat_deit_tiny_patch16_224 --input-size 64 --keep-rate 0.7 \
+    --model bat_deit_tiny_patch16_224 --input-size 64 --keep-rate 0.7 $DESIGN \
     --model-kwargs patch_size=8 embed_dim=64 depth=8 num_heads=2 --reduction-loc 2 4 6 \
     --epochs 6 --batch-size 64 --lr 1e-3 --unscale-lr --warmup-epochs 0 --min-lr 1e-5 \
     --src --eval-crop-ratio 1.0 --aa none --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 \

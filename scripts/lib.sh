@@ -2,6 +2,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# BAT as the paper has it, as far as that is known: main.py's defaults are others, see the README.
+DESIGN="--cluster-ratio 0.4 --match-ratio 0.1 --merge-weights importance --proportional-attention off"
+
 # Makes the virtual environment once and puts it first on the PATH.
 # VENV: its folder (default .venv); $1: the requirements file.
 setup_env() {
@@ -75,7 +78,7 @@ finetune_recipe() {
     shift
     use_env
     split_batch 1024
-    launch --model bat_deit_small_patch16_224 --keep-rate "$keep_rate" --input-size 224 \
+    launch --model bat_deit_small_patch16_224 --keep-rate "$keep_rate" $DESIGN --input-size 224 \
         --data-set IMNET --data-path "${DATA:-data/imagenet}" \
         --finetune "${DEIT:-https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth}" \
         --batch-size "$BATCH" --accum-steps "$ACCUM" --epochs 30 \

@@ -33,7 +33,7 @@ runs="$OUTPUT/runs" && mkdir -p "$runs"
 trap end_runs INT TERM
 
 train() { # NAME EPOCHS FLAGS...
-    start_run "$1" "$2" --model bat_deit_tiny_patch16_224 --input-size 32 --reduction-loc $STAGES \
+    start_run "$1" "$2" --model bat_deit_tiny_patch16_224 --input-size 32 --reduction-loc $STAGES $DESIGN \
         --model-kwargs patch_size=4 embed_dim=$WIDTH depth=$DEPTH num_heads=$HEADS \
         --data-path "$DATA" --image-cache "$OUTPUT/images" --epoch-images $IMAGES --src \
         --batch-size $BATCH --eval-interval "$2" --unscale-lr \

@@ -13,15 +13,16 @@ SIZE="${SIZE:-$([ "$GPUS" -gt 0 ] && echo gpu || echo cpu)}"
 # Sizes: the images and epochs of a run, and which runs there are.
 METHODS="topk evit tome dpcknn bat" RATES="0.5 0.3" SEEDS=1
 BATCH=32 IMAGES=4000 EPOCHS=1 LR=5e-5 ABLATE=0.5 # the rate of the ablation
+SHELF=1/4 # of the validation images, off the shelf
 ON=(--device cpu --amp bf16)
 case "$SIZE" in
 cpu) ;; # two cores
 gpu)
     METHODS="random topk evit tome dpcknn ppt evo bat" RATES="0.7 0.5 0.3" SEEDS=3
-    BATCH=128 IMAGES=6000 EPOCHS=5 LR=1e-4
+    BATCH=128 IMAGES=6000 EPOCHS=5 LR=1e-4 SHELF=1/1
     ON=(--device cuda --amp bf16 --compile) ;;
 smoke) # to see that everything runs; its figures mean nothing
-    METHODS="evit bat" RATES=0.5 BATCH=16 IMAGES=32 ;;
+    METHODS="evit bat" RATES=0.5 BATCH=16 IMAGES=32 SHELF=1/500 ;;
 *) echo "SIZE must be cpu, gpu or smoke, got $SIZE" >&2 && exit 2 ;;
 esac
 JOBS="${JOBS:-$([ "$SIZE" = gpu ] && echo 3 || nproc)}" # runs at a time
@@ -49,10 +50,11 @@ tune dense "$head" --reduction none --keep-rate 1
 wait
 
 # Off the shelf, on the dense weights: every method, BAT's parts, and the published settings.
-OFF=proportional_attention=off
+design=bat,cluster_ratio=0.4,match_ratio=0.1
 python -m tools.sweep --checkpoint "$dense" --data-path "$DATA" "${ON[@]:0:4}" \
-    --reduction none random topk evit tome dpcknn ppt evo bat bat,$OFF bat,$OFF,match_ratio=0 \
-    tome,tome_r=13 --keep-rate 0.7 0.5 0.3 --output-dir "$OUTPUT/shelf"
+    --reduction none random topk evit tome dpcknn ppt evo bat "$design,proportional_attention=on" \
+    "$design,proportional_attention=off" tome,tome_r=13 --part "$SHELF" --keep-rate 0.7 0.5 0.3 \
+    --output-dir "$OUTPUT/shelf"
 
 # Fine-tuned from it: the same images in the same order for every method.
 for ((seed = 0; seed < SEEDS; seed++)); do
@@ -65,11 +67,12 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     done
     part() { # of BAT's parts: NAME FLAGS...
         tune "ablation_$1_seed$seed" "$dense" --seed "$seed" --reduction bat \
-            --keep-rate "$ABLATE" "${@:2}"
+            --keep-rate "$ABLATE" $DESIGN "${@:2}"
     }
-    part importance --cluster-ratio 0 --match-ratio 0 --proportional-attention off
-    part clusters --match-ratio 0 --proportional-attention off
-    part matching --proportional-attention off # with all: bat_keep$ABLATE
+    part 1_importance --cluster-ratio 0 --match-ratio 0
+    part 2_clusters --match-ratio 0
+    part 3_matching # the paper's design; main.py's default is bat_keep$ABLATE
+    part 4_proportional --proportional-attention on
 done
 wait
 
@@ -82,6 +85,6 @@ table all none_keep1_seed0 "$runs"/*_keep*_seed?
 for rate in $RATES; do
     table "keep$rate" "evit_keep${rate}_seed0" "$runs"/*_keep"$rate"_seed?
 done
-table ablation ablation_importance_seed0 "$runs"/{ablation_*,bat_keep"$ABLATE"}_seed?
+table ablation ablation_1_importance_seed0 "$runs"/{ablation_*,bat_keep"$ABLATE"}_seed?
 python -m tools.diversity --checkpoint "$dense" --data-path "$DATA" --reduction none evit bat \
     --keep-rate 0.5 --output-dir "$OUTPUT/diversity"

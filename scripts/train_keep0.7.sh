@@ -4,7 +4,7 @@
 source "$(dirname "$0")/lib.sh"
 use_env
 split_batch 2048
-launch --model bat_deit_small_patch16_224 --keep-rate 0.7 --input-size 224 \
+launch --model bat_deit_small_patch16_224 --keep-rate 0.7 $DESIGN --input-size 224 \
     --data-set IMNET --data-path "${DATA:-data/imagenet}" \
     --batch-size "$BATCH" --accum-steps "$ACCUM" --epochs 300 \
     --opt adamw --weight-decay 0.05 --sched cosine --lr 5e-4 --min-lr 1e-5 \

@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
@@ -159,6 +159,15 @@ def block_outputs(model: ReducingTransformer) -> Iterator[list[ReducedTokens]]:
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Writes a CSV file; floats keep all their digits."""
     write_atomically(path, lambda file: table.to_csv(file, index=False, mode="wb"))
+
+
+def to_markdown(table: pd.DataFrame, formats: Mapping[str, str]) -> str:
+    """The table with numbers formatted by column; empty cells for values that are missing."""
+    lines = [list(table), ["---"] * table.shape[1]]
+    for row in table.to_dict("records"):
+        cells = ((value, formats.get(name, "")) for name, value in row.items())
+        lines.append(["" if pd.isna(value) else format(value, spec) for value, spec in cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def say_written(stem: Path, *suffixes: str) -> None:

@@ -55,11 +55,15 @@ from utils import (
 
 T = TypeVar("T")
 NUM_RESAMPLES = 10_000
+DIGITS = {
+    "acc1": 2, "acc1_low": 2, "acc1_high": 2, "acc5": 2, "loss": 4, "gmacs": 4,
+    "images_per_second": 1,
+}  # fmt: skip
 OWN_RATE = ("keep_rate", "tome_r")  # settings with which a method is one configuration
 HELP = """Evaluates checkpoints x methods x keep rates in one pass over the validation images
 and compares the answers image by image. A method may bring settings of its own, as in
 bat,cluster_ratio=0.25,proportional_attention=off or tome,tome_r=13, which has no keep rate; the
-blocks before the first stage run once for all of them. Writes sweep.csv and sweep.json (Acc@1,
+blocks before the first stage run once for all of them. Writes sweep.csv, .md and .json (Acc@1,
 Acc@5, loss, GMACs, images/s of the forward pass, patch tokens that leave each stage), sweep.png and
 sweep.pdf, comparisons.csv (bat against every other method, and every method against evit:
 difference of Acc@1 in points, its 95 percent bootstrap interval, p-value of McNemar's exact test,
@@ -421,10 +425,11 @@ def write_sweep(folder: Path, table: pd.DataFrame, comparisons: list[dict], sett
         common.say_written(folder / "comparisons", ".csv")
     save_figure(plot_accuracy(table, bars="95 % interval over images"), folder / "sweep")
     shown = table.drop(columns=["num_images", "bad_images"])
-    digits = {"acc1": 3, "acc1_low": 2, "acc1_high": 2, "acc5": 3, "loss": 4, "gmacs": 4}
-    digits["images_per_second"] = 1
-    logger.info(shown.round(digits).to_string(index=False))
-    common.say_written(folder / "sweep", ".csv", ".json", ".png", ".pdf")
+    logger.info(shown.round(DIGITS).to_string(index=False))
+    formats = {name: f".{digits}f" for name, digits in DIGITS.items()}
+    markdown = common.to_markdown(shown.assign(tokens=tokens), formats)
+    (folder / "sweep.md").write_text(markdown)
+    common.say_written(folder / "sweep", ".csv", ".json", ".md", ".png", ".pdf")
 
 
 # Command line ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from scipy.stats import sem
 
 from arguments import ArgumentParser
 from checkpoints import FIRST_REDUCTION
-from tools.common import write_table
+from tools.common import to_markdown, write_table
 from tools.figures import plot_accuracy, save_figure
 from utils import InputError, check_writable, read_log, run_script
 
@@ -145,15 +145,6 @@ def make_table(folders: Sequence[Path], baseline: Path) -> pd.DataFrame:
     return pd.DataFrame([table_row(group, baselines) for group in groups])
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """The table with rounded numbers; empty cells for values that are missing."""
-    lines = [list(table), ["---"] * table.shape[1]]
-    for row in table.to_dict("records"):
-        cells = ((value, FORMATS.get(name, "")) for name, value in row.items())
-        lines.append(["" if pd.isna(value) else format(value, spec) for value, spec in cells])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m tools.table", description="\n\n".join(__doc__.split("\n\n")[::2])
@@ -169,7 +160,7 @@ def get_args_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Reads the runs, and writes their table and figure."""
     table = make_table(args.runs, args.baseline)
-    text = (f"{args.title}\n\n" if args.title else "") + to_markdown(table)
+    text = (f"{args.title}\n\n" if args.title else "") + to_markdown(table, FORMATS)
     print(text, end="")
     if args.output_dir:
         folder = check_writable(args.output_dir)
