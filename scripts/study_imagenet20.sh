@@ -12,14 +12,14 @@ SIZE="${SIZE:-$([ "$GPUS" -gt 0 ] && echo gpu || echo cpu)}"
 
 # Sizes: the images and epochs of a run, and which runs there are.
 METHODS="topk evit tome dpcknn bat" RATES="0.5 0.3" SEEDS=1
-BATCH=32 IMAGES=4000 EPOCHS=1 LR=5e-5 ABLATE=0.5 # the rate of the ablation
+BATCH=32 IMAGES=4000 EPOCHS=1 LR=1e-5 ABLATE=0.5 # the rate of the ablation
 SHELF=1/4 # of the validation images, off the shelf
 ON=(--device cpu --amp bf16)
 case "$SIZE" in
 cpu) ;; # two cores
 gpu)
     METHODS="random topk evit tome dpcknn ppt evo bat" RATES="0.7 0.5 0.3" SEEDS=3
-    BATCH=128 IMAGES=6000 EPOCHS=5 LR=1e-4 SHELF=1/1
+    BATCH=128 IMAGES=6000 EPOCHS=5 LR=2e-5 SHELF=1/1
     ON=(--device cuda --amp bf16 --compile) ;;
 smoke) # to see that everything runs; its figures mean nothing
     METHODS="evit bat" RATES=0.5 BATCH=16 IMAGES=32 SHELF=1/500 ;;
