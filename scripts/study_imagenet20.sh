@@ -13,7 +13,7 @@ SIZE="${SIZE:-$([ "$GPUS" -gt 0 ] && echo gpu || echo cpu)}"
 # Sizes: the images and epochs of a run, and which runs there are.
 METHODS="topk evit tome dpcknn bat" RATES="0.5 0.3" SEEDS=1
 BATCH=32 IMAGES=4000 EPOCHS=1 LR=1e-5 ABLATE=0.5 # the rate of the ablation
-SHELF=1/4 # of the validation images, off the shelf
+SHELF=1/2 # of the validation images, off the shelf
 ON=(--device cpu --amp bf16)
 case "$SIZE" in
 cpu) ;; # two cores
@@ -22,7 +22,7 @@ gpu)
     BATCH=128 IMAGES=6000 EPOCHS=5 LR=2e-5 SHELF=1/1
     ON=(--device cuda --amp bf16 --compile) ;;
 smoke) # to see that everything runs; its figures mean nothing
-    METHODS="evit bat" RATES=0.5 BATCH=16 IMAGES=32 SHELF=1/500 ;;
+    METHODS="topk evit bat" RATES=0.5 BATCH=16 IMAGES=32 SHELF=1/500 ;;
 *) echo "SIZE must be cpu, gpu or smoke, got $SIZE" >&2 && exit 2 ;;
 esac
 JOBS="${JOBS:-$([ "$SIZE" = gpu ] && echo 3 || nproc)}" # runs at a time
@@ -69,10 +69,9 @@ for ((seed = 0; seed < SEEDS; seed++)); do
         tune "ablation_$1_seed$seed" "$dense" --seed "$seed" --reduction bat \
             --keep-rate "$ABLATE" $DESIGN "${@:2}"
     }
-    part 1_importance --cluster-ratio 0 --match-ratio 0
-    part 2_clusters --match-ratio 0
-    part 3_matching # the paper's design; main.py's default is bat_keep$ABLATE
-    part 4_proportional --proportional-attention on
+    part 1_clusters --match-ratio 0 # importance alone: topk_keep$ABLATE
+    part 2_matching                 # the paper's design; main.py's default is bat_keep$ABLATE
+    part 3_proportional --proportional-attention on
 done
 wait
 
@@ -85,6 +84,6 @@ table all none_keep1_seed0 "$runs"/*_keep*_seed?
 for rate in $RATES; do
     table "keep$rate" "evit_keep${rate}_seed0" "$runs"/*_keep"$rate"_seed?
 done
-table ablation ablation_1_importance_seed0 "$runs"/{ablation_*,bat_keep"$ABLATE"}_seed?
+table ablation "topk_keep${ABLATE}_seed0" "$runs"/{ablation_*,{topk,bat}_keep"$ABLATE"}_seed?
 python -m tools.diversity --checkpoint "$dense" --data-path "$DATA" --reduction none evit bat \
     --keep-rate 0.5 --output-dir "$OUTPUT/diversity"

@@ -60,7 +60,7 @@ def test_torchrun_starts_anew_without_the_old_store(tmp_path):
     assert words[:2] == ["torchrun", "1"] and parse(words).batch_size == 256
 
 
-@pytest.mark.parametrize(("size", "count"), [("cpu", 16), ("gpu", 88), ("smoke", 8)])
+@pytest.mark.parametrize(("size", "count"), [("cpu", 15), ("gpu", 85), ("smoke", 8)])
 def test_the_study_of_photographs_has_its_runs(tmp_path, size, count):
     (tmp_path / "out/runs").mkdir(parents=True)
     commands = run_script(tmp_path, "study_imagenet20.sh", SIZE=size, JOBS=1)
