@@ -18,9 +18,9 @@ from timm.layers import to_2tuple
 from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
-from models.reduction import FEATURES, MERGE_WEIGHTS, PROPORTIONAL, Reduction
+from models.reduction import CHOICES, Reduction
 from models.vit import REDUCTION_KEYWORDS
-from models.weights import WEIGHT_SOURCES, inherited_settings
+from models.weights import WEIGHT_SOURCES, merged_settings
 
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
 DEFAULT_SIZE = (224, 224)
@@ -226,31 +226,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "quarter, half and three quarters of the depth")
     add("--cluster-ratio", type=finite,
         help="share of the kept tokens spent on clusters, in [0, 1]; 0 drops the inattentive "
-        "tokens; default: the checkpoint's, or 0.4")
+        "tokens; default: the checkpoint's, or 0")
     add("--match-ratio", type=finite,
         help="matched pairs per kept token that is not a cluster, in [0, 1]; default: the "
-        "checkpoint's, or 0.1")
-    add("--merge-weights", choices=MERGE_WEIGHTS,
+        "checkpoint's, or 0.5")
+    add("--merge-weights", choices=CHOICES["merge_weights"],
         help="weights inside a merged token: of bat, its importance, 1, or the patches it stands "
         "for; default: the checkpoint's, or importance")
-    add("--features", choices=FEATURES,
+    add("--features", choices=CHOICES["features"],
         help="what clustering and matching compare: tokens, or keys of the block's attention "
         "(mean over heads); default: the checkpoint's, or tokens")
     add("--density-neighbors", type=at_least(0), metavar="N",
         help="nearest tokens, itself included, that a density is the mean over; 0: all; default: "
         "the checkpoint's, or 5")
-    add("--proportional-attention", choices=PROPORTIONAL,
+    add("--proportional-attention", choices=CHOICES["proportional_attention"],
         help="attend to a merged token as to the patches it stands for (log size on its key's "
-        "logits); auto: the method's own; default: the checkpoint's, or auto")
+        "logits); auto: on for bat, tome, dpcknn and ppt; default: the checkpoint's, or auto")
     add("--tome-r", type=at_least(1), metavar="R",
-        help="tokens that each stage removes, instead of --keep-rate: ToMe's r. Makes tome the "
-        "published method (on keys, in all blocks by default); for tome and ppt")
+        help="tokens that each stage removes, ToMe's r, instead of --keep-rate, which ends it. "
+        "Makes tome the published method (on keys, in all blocks by default); for tome and ppt")
     add("--ppt-threshold", type=finite,
         help="variance of the scores from which on ppt prunes; default: the checkpoint's, or 7e-5")
-    add("--evo-readout", choices=("class", "mean"),
+    add("--evo-readout", choices=CHOICES["evo_readout"],
         help="evo classifies the class token, or the mean patch with a second head in training; "
         "default: the checkpoint's, or class")
-    add("--importance", choices=("class", "received"),
+    add("--importance", choices=CHOICES["importance"][1:],
         help="of a token: the class token's attention to it, or what it receives from all tokens; "
         "default: the checkpoint's, or class where there is a class token")
 
@@ -477,17 +477,6 @@ def variant_name(text: str) -> str:
     return text
 
 
-def with_method(settings: Mapping, **changes: object) -> dict:
-    """The settings of a reduction with others; of another method, without the first one's own."""
-    settings = dict(settings)
-    if changes.get("reduction") not in (None, settings.get("reduction")):
-        settings.pop("tome_r", None)
-        settings.pop("proportional_attention", None)
-        if "tome_r" in changes:  # whose blocks are others by default
-            settings.pop("reduction_loc", None)
-    return settings | changes
-
-
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="main.py", description="Train and evaluate token-reducing Vision Transformers."
@@ -531,20 +520,20 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
 
 
-def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> dict:
+def model_arguments(
+    args: argparse.Namespace, stored: Mapping | None = None, variant: Mapping | None = None
+) -> dict:
     """Keywords of `timm.create_model`: the flags given, over a checkpoint's, over the defaults.
 
     Args:
         args: reads the flags of `add_model_arguments`.
-        stored: `model_args` of the checkpoint, if it has any; see `inherited_settings`.
+        stored: `model_args` of the checkpoint, if it has any; see `merged_settings`.
+        variant: a `reduction_variant`, which is over the flags.
 
     Returns:
         Plain values that a checkpoint can hold; "num_classes" only where something says it.
     """
-    stored = inherited_settings(stored or {}, args.model)
-    if args.reduction is not None or args.tome_r is not None:
-        changes = {"reduction": args.reduction, "tome_r": args.tome_r}
-        stored = with_method(stored, **{n: v for n, v in changes.items() if v is not None})
+    stored = stored or {}
     flags = {"model_name": args.model, "img_size": args.input_size, "num_classes": args.nb_classes}
     flags |= {name: getattr(args, name) for name in REDUCTION_FLAGS}
     given = {name: _plain(value) for name, value in flags.items() if value is not None}
@@ -552,7 +541,7 @@ def model_arguments(args: argparse.Namespace, stored: Mapping | None = None) -> 
         given["pretrained"] = True
     name = args.model or stored.get("model_name", DEFAULT_MODEL)
     defaults = {"model_name": name, "img_size": to_2tuple(pretrained_config(name)["input_size"])}
-    return defaults | stored | given | args.model_kwargs
+    return defaults | merged_settings(stored, given | dict(variant or {})) | args.model_kwargs
 
 
 def pretrained_config(model_name: str) -> dict:

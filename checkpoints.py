@@ -44,7 +44,7 @@ from models.weights import (
     EVO_SETTINGS,
     WEIGHT_SOURCES,
     from_evo_names,
-    inherited_settings,
+    merged_settings,
     shown_settings,
     with_timms_names,
 )
@@ -437,7 +437,7 @@ def model_from_checkpoint(
     if ema and not checkpoint:
         raise InputError("--ema needs a checkpoint: random weights have no moving average")
     stored = dict(checkpoint.get("model_args") or {})
-    model_args = inherited_settings(stored, overrides.get("model_name")) | overrides
+    model_args = merged_settings(stored, overrides)
     if "model_name" not in model_args:
         raise InputError(f"{source} does not say which model it is of (no 'model_args')")
     weights = model_weights(checkpoint, ema=ema) if checkpoint else {}
@@ -486,6 +486,10 @@ def fit_weights(
     if isinstance(model, VisionTransformer | Eva):
         with suppress(Exception):  # what cannot be resampled is named below with all that differs
             weights = _fit_positions(model, dict(weights), old_grid, drop_distillation=new_head)
+    if "head_cls.weight" in weights and "head_cls.weight" not in own:  # of a model with one head
+        read_otherwise = {n for n in weights if n.startswith(("norm.", "head."))}
+        kept = {n: v for n, v in weights.items() if n not in read_otherwise}
+        weights = {name.replace("_cls.", "."): value for name, value in kept.items()}
     for name in own.keys() - weights.keys():  # Evo-ViT's second head starts as the first
         if name.startswith(("norm_cls.", "head_cls.")) and name.replace("_cls", "") in weights:
             weights = dict(weights) | {name: weights[name.replace("_cls", "")]}

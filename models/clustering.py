@@ -228,7 +228,8 @@ def match_patches(x: Tensor, num_pairs: int, num_prefix_tokens: int = 1) -> Tens
 
     As `match_pairs`, but places are counted from the first prefix token, which is never merged (the
     published code protects the class and the distillation token), and the groups are numbered as
-    the published code puts them: sources that stay, then targets.
+    the published code puts them: sources that stay, then targets. Without a class token it puts the
+    former by falling similarity, here they keep their order.
 
     Args:
         x: (B, N, D) what is compared, of the patch tokens.

@@ -63,12 +63,16 @@ def describe_reduction(model: ReducingTransformer) -> str:
         f"reduction {settings.reduction}",
         f"keep rates {_join(model.keep_rates)}",
         f"blocks {_join(model.reduction_loc)}",
-        f"cluster ratio {settings.cluster_ratio:g}",
-        f"match ratio {settings.match_ratio:g}",
-        f"merge weights {settings.merge_weights}",
-        f"proportional attention {'on' if settings.is_proportional else 'off'}",
     ]
-    words += [f"tokens removed a stage {settings.tome_r}"] * (settings.tome_r is not None)
+    if settings.method.splits:
+        words += [
+            f"cluster ratio {settings.cluster_ratio:g}",
+            f"match ratio {settings.match_ratio:g}",
+            f"merge weights {settings.merge_weights}",
+        ]
+    if settings.tome_r is not None:
+        words[1] = f"{settings.tome_r} tokens less a stage"
+    words.append(f"proportional attention {'on' if settings.is_proportional else 'off'}")
     return ", ".join(words)
 
 
@@ -92,6 +96,7 @@ def describe(model: ReducingTransformer) -> str:
     for index in range(len(model.blocks)):
         spent, num_outputs = [""] * 5, num_tokens
         if index in stages:
+            num_tokens = stages[index].num_tokens
             budget, num_outputs = stages[index].budget, stages[index].num_outputs
             spent = [f"{stages[index].keep_rate:.3g}", budget.attentive, budget.pairs]
             spent += [budget.clusters, budget.inattentive]
@@ -124,8 +129,9 @@ def find_keep_rate(model: ReducingTransformer, target_gmacs: float) -> float:
     Raises:
         ValueError: even the smallest keep rate needs more, or the model has no stage.
     """
-    settings = model.settings
-    if not model.reduction_loc or not settings.method.reduces or settings.tome_r is not None:
+    if model.settings.tome_r is not None:
+        raise ValueError("tome_r fixes the cost: target GMACs need a keep rate")
+    if not model.reduction_loc or not model.settings.method.reduces:
         raise ValueError("target GMACs need a model that reduces tokens")
     model = copy.deepcopy(model).to("meta")
 

@@ -34,9 +34,14 @@ from .clustering import (
     matmul_float32,
 )
 
-MERGE_WEIGHTS = ("importance", "mean", "size")
-FEATURES = ("tokens", "keys")
-PROPORTIONAL = ("auto", "on", "off")
+# The values that settings of `ReductionSettings` may have.
+CHOICES = {
+    "merge_weights": ("importance", "mean", "size"),
+    "features": ("tokens", "keys"),
+    "proportional_attention": ("auto", "on", "off"),
+    "evo_readout": ("class", "mean"),
+    "importance": (None, "class", "received"),
+}
 
 
 # How many tokens a stage keeps, and how it spends them -------------------------------------------
@@ -217,18 +222,21 @@ def _last_members(assignment: Tensor, num_groups: int) -> Tensor:
 class ReductionSettings:
     """How a model reduces its tokens, beside where (`reduction_loc`) and to how many (`keep_rate`).
 
+    The defaults are BAT's best off the shelf (log/settings_study). What is known of the paper is
+    nearer to a cluster ratio of 0.4 and a match ratio of 0.1 without proportional attention.
+
     Attributes:
         reduction: the method, a name in REDUCTIONS.
         cluster_ratio: share of the kept tokens that BAT spends on clusters, in [0, 1].
         match_ratio: BAT's matched pairs per kept token that is not a cluster, in [0, 1].
         merge_weights: of tokens in a group, for methods without weights of their own: one of
-            MERGE_WEIGHTS.
-        features: what clustering and matching compare, one of FEATURES: the tokens, or the keys of
+            CHOICES.
+        features: what clustering and matching compare, tokens or keys: the tokens, or the keys of
             the block's attention (mean over heads, before any rotation).
         density_neighbors: tokens that a density is the mean over, itself included; 0: all.
         proportional_attention: whether a key's logits get the logarithm of the number of patches
-            that its token stands for, in all blocks after the first stage (ToMe, section 3); one
-            of PROPORTIONAL, "auto" being the method's own.
+            that its token stands for, in all blocks after the first stage (ToMe, section 3); "auto"
+            is the method's own.
         tome_r: tokens that each stage removes instead of 1 - keep_rate, ToMe's r, at most half of
             them; makes `tome` the published method; for `tome` and `ppt`.
         ppt_threshold: variance of the scores from which on PPT prunes an image's tokens.
@@ -240,8 +248,8 @@ class ReductionSettings:
     """
 
     reduction: str = "bat"
-    cluster_ratio: float = 0.4
-    match_ratio: float = 0.1
+    cluster_ratio: float = 0.0
+    match_ratio: float = 0.5
     merge_weights: str = "importance"
     features: str = "tokens"
     density_neighbors: int = 5
@@ -284,7 +292,7 @@ class ReductionSettings:
         """Whether attention is proportional to the patches that a token stands for."""
         if self.proportional_attention != "auto":
             return self.proportional_attention == "on"
-        return self.method.is_proportional or (self.reduction == "tome" and self.tome_r is not None)
+        return self.method.is_proportional
 
     def budget(self, num_tokens: int, keep_rate: float) -> TokenBudget:
         """How a stage that this many tokens enter spends those that leave; rate 1 keeps all."""
@@ -292,16 +300,9 @@ class ReductionSettings:
             return plain_budget(num_tokens, num_tokens)
         if self.tome_r is not None:
             return plain_budget(num_tokens, num_tokens - min(self.tome_r, num_tokens // 2))
+        if self.method.trusted and not self.method.splits:
+            return token_budget(num_tokens, keep_rate, 0, 0)
         return token_budget(num_tokens, keep_rate, self.cluster_ratio, self.match_ratio)
-
-
-CHOICES = {
-    "merge_weights": MERGE_WEIGHTS,
-    "features": FEATURES,
-    "proportional_attention": PROPORTIONAL,
-    "evo_readout": ("class", "mean"),
-    "importance": (None, "class", "received"),
-}
 
 
 # Methods: assign(stage, budget) -> (B, N) --------------------------------------------------------
@@ -495,6 +496,7 @@ class Reduction(NamedTuple):
         clusters: budget -> how many of the last output tokens are clusters.
         num_fused: output tokens beside the K of the budget.
         normalize: False: groups are weighted sums instead of means.
+        splits: whether it spends its tokens on clusters and pairs, by the two ratios.
         reduces: False: every token is kept at any keep rate.
         is_proportional: whether `proportional_attention="auto"` is on.
         takes_r: whether the setting `tome_r` can replace the keep rate.
@@ -507,6 +509,7 @@ class Reduction(NamedTuple):
     clusters: Callable[[TokenBudget], int] = lambda budget: 0
     num_fused: int = 0
     normalize: bool = True
+    splits: bool = False
     reduces: bool = True
     is_proportional: bool = False
     takes_r: bool = False
@@ -532,9 +535,13 @@ REDUCTIONS: dict[str, Reduction] = {
         assign_dpcknn,
         weights=lambda stage, budget, assignment: torch.ones_like(stage.importance),
         clusters=lambda budget: budget.kept,
+        is_proportional=True,
     ),
     "tome": Reduction(
-        assign_tome, weights=lambda stage, budget, assignment: stage.sizes, takes_r=True
+        assign_tome,
+        weights=lambda stage, budget, assignment: stage.sizes,
+        takes_r=True,
+        is_proportional=True,
     ),
     "random": Reduction(assign_random),
     "evo": Reduction(assign_evo, waits=True),
@@ -544,7 +551,9 @@ REDUCTIONS: dict[str, Reduction] = {
         takes_r=True,
         is_proportional=True,
     ),
-    "bat": Reduction(assign_bat, clusters=lambda budget: budget.clusters),
+    "bat": Reduction(
+        assign_bat, clusters=lambda budget: budget.clusters, splits=True, is_proportional=True
+    ),
 }
 REDUCTIONS = {name: method._replace(trusted=True) for name, method in REDUCTIONS.items()}
 

@@ -33,21 +33,17 @@ class PatchTrace(NamedTuple):
     size: Tensor  # (B, N_0) int64: how many patches that token stands for; 0: dropped
 
 
-def compose_assignments(assignments: Sequence[Tensor], *, waits: bool = False) -> list[Tensor]:
+def compose_assignments(assignments: Sequence[Tensor]) -> list[Tensor]:
     """Follows every patch through the stages: a1, a2[a1], a3[a2[a1]], ...
 
     Args:
         assignments: one (B, N) int64 tensor per stage, the output token of each input token of that
             stage, or -1 where it is dropped; the first stage's inputs are the patches.
-        waits: of a method whose tokens wait (Evo-ViT): every stage's inputs are the patches, and
-            its assignment is the answer.
 
     Returns:
         One (B, N_0) int64 tensor per stage, the token that each patch sits in after it; -1: dropped
-        there or earlier, or waiting.
+        there or earlier.
     """
-    if waits:
-        return list(assignments)
     composed: list[Tensor] = []
     for assignment in assignments:
         composed.append(_follow(composed[-1], assignment, -1) if composed else assignment.clone())

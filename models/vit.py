@@ -49,8 +49,7 @@ from .reduction import (
 from .trace import unmerge
 
 # The keywords of `make_reducing`, which the registered models take beside timm's.
-SETTING_NAMES = tuple(field.name for field in fields(ReductionSettings))
-REDUCTION_KEYWORDS = ("keep_rate", "reduction_loc", *SETTING_NAMES)
+REDUCTION_KEYWORDS = ("keep_rate", "reduction_loc", *(f.name for f in fields(ReductionSettings)))
 CHECK_TOLERANCE = 1e-5  # of the largest output, in float32
 
 # Attention --------------------------------------------------------------------------------------
@@ -341,10 +340,16 @@ class ReducingTransformer:
             self.blocks[index].keep_rate = value
 
     def set_reduction(self, reduction: str, **changes: object) -> None:
-        """Changes the method, a name in REDUCTIONS, and other settings of `ReductionSettings`."""
-        self.settings = replace(self.settings, reduction=reduction, **changes)
-        for block in self.blocks:
-            block.settings = self.settings
+        """Changes the method, a name in REDUCTIONS, and other settings of `ReductionSettings`.
+
+        The others stay, but those that only the method of before takes.
+        """
+        settings = vars(self.settings)
+        if reduction != self.reduction:
+            settings = settings | {"tome_r": None, "evo_readout": "class"}
+        where = {"reduction_loc": self.reduction_loc, "check": False}
+        settings = settings | {"reduction": reduction} | changes
+        make_reducing(self, self.keep_rates, **where, **settings)
 
     def stages(self) -> tuple[StageInfo, ...]:
         """Describes every stage, for images of the model's own size."""
@@ -423,8 +428,10 @@ class ReducingTransformer:
                 stages.append(result._replace(tokens=None))
                 if not block.budget(result.assignment.shape[1]).keeps_all:
                     sizes = result.sizes
-                    member = heaviest_members(result.assignment, result.weights, sizes.shape[1])
-                    rope = gather_rope(rope, member, is_mixed=is_mixed)
+                    if rope is not None:
+                        kept = sizes.shape[1]
+                        member = heaviest_members(result.assignment, result.weights, kept)
+                        rope = gather_rope(rope, member, is_mixed=is_mixed)
             if index in take:
                 taken.append((self.write_back(x, waiting), len(stages)))
         return self.write_back(x, waiting), sizes, stages, taken
@@ -465,7 +472,7 @@ class ReducingTransformer:
     ) -> Tensor:
         """Images x (B, 3, height, width) to the last tokens (B, prefix + K, D), as in timm."""
         _refuse_masks(attn_mask, is_causal)
-        return self.norm(self.run_blocks(x)[0])
+        return self.class_readout[0](self.run_blocks(x)[0])
 
     def pool(self, x: Tensor, pool_type: str | None = None, sizes: Tensor | None = None) -> Tensor:
         """timm's pooling, in which a token counts as often as the patches it stands for.
@@ -496,7 +503,7 @@ class ReducingTransformer:
     ) -> Tensor:
         """Logits of normalised tokens (B, prefix + K, D); `sizes` (B, K) as in `pool`."""
         x = self.head_drop(self.fc_norm(self.pool(x, sizes=sizes)))
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.class_readout[1](x)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -523,7 +530,14 @@ class ReducingTransformer:
         x, sizes, stages, _ = self.run_blocks(x)
         if self.settings.evo_readout == "mean":
             return self.read_mean(x), stages
-        return self.forward_head(self.norm(x), sizes=sizes), stages
+        return self.forward_head(self.class_readout[0](x), sizes=sizes), stages
+
+    @property
+    def class_readout(self) -> tuple[nn.Module, nn.Module]:
+        """Normalisation and head of timm's readout; with Evo-ViT's second head that is it."""
+        if hasattr(self, "head_cls"):
+            return self.norm_cls, self.head_cls
+        return self.norm, self.head
 
     def read_mean(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Evo-ViT's readout of the last tokens (B, prefix + N_0, D), not normalised.
@@ -535,7 +549,7 @@ class ReducingTransformer:
         logits = self.head(self.head_drop(average))
         if not self.training:
             return logits
-        return logits, self.head_cls(self.head_drop(self.norm_cls(x[:, 0])))
+        return logits, self.forward_head(self.norm_cls(x))
 
     def forward_intermediates(
         self,
@@ -674,12 +688,12 @@ def make_reducing(
 
     Args:
         model: of timm's classes VisionTransformer, VisionTransformerDistilled or Eva; changed in
-            place, its modules and parameters stay (`evo_readout="mean"` adds Evo-ViT's second head,
-            a copy of the first).
+            place, its modules and parameters stay. `evo_readout="mean"` adds Evo-ViT's second head,
+            a copy of the first, which from then on reads the class token.
         keep_rate: share of the patch tokens that leave a reducing block, in (0, 1]; one value, or
             one per reducing block.
         reduction_loc: indices of the reducing blocks; None: L/4, L/2 and 3L/4 of L blocks, and with
-            ToMe's own settings all.
+            ToMe's own settings all. Evo-ViT's stages stand before these blocks, not inside.
         check: run one random image through the model before and after.
         **settings: `reduction="bat"` and the other fields of `models.reduction.ReductionSettings`.
 
@@ -699,19 +713,22 @@ def make_reducing(
     if chosen.importance == "class" and not has_class_token:
         raise ValueError("importance 'class' needs a class token, and this model has none")
     if chosen.evo_readout == "mean" and not (
-        timm_class(model) is VisionTransformer and has_class_token and model.num_classes > 0
+        timm_class(model) is VisionTransformer
+        and model.global_pool == "token"
+        and model.num_classes > 0
     ):
-        raise ValueError("evo_readout 'mean' needs a VisionTransformer with class token and head")
+        raise ValueError(
+            "evo_readout 'mean' needs a VisionTransformer whose head reads the class token"
+        )
     if reduction_loc is None and chosen.tome_r is not None and chosen.reduction == "tome":
         reduction_loc = range(len(model.blocks))
     reduction_loc = check_locations(reduction_loc, len(model.blocks))
+    if chosen.method.waits and 0 in reduction_loc:
+        raise ValueError("a stage of evo needs the attention of a block before it, not block 0")
     check_blocks(model)
     rates = expand_keep_rate(keep_rate, len(reduction_loc))
     convert(model, dict(zip(reduction_loc, rates, strict=True)), chosen, check=check)
-    if chosen.evo_readout == "class":
-        vars(model)["_modules"].pop("norm_cls", None)
-        vars(model)["_modules"].pop("head_cls", None)
-    elif not hasattr(model, "head_cls"):
+    if chosen.evo_readout == "mean" and not hasattr(model, "head_cls"):
         model.norm_cls, model.head_cls = copy.deepcopy(model.norm), copy.deepcopy(model.head)
     return model
 
@@ -719,6 +736,13 @@ def make_reducing(
 def timm_class(module: nn.Module) -> type[nn.Module]:
     """timm's class of a reducing model or block; any other module's own."""
     return TIMM_CLASSES.get(type(module), type(module))
+
+
+def drop_second_head(model: nn.Module) -> None:
+    """Leaves of Evo-ViT's two heads the one that timm knows, that of the class token."""
+    if hasattr(model, "head_cls"):
+        model.norm, model.head = model.norm_cls, model.head_cls
+        del model.norm_cls, model.head_cls
 
 
 def restore_timm(model: nn.Module) -> None:

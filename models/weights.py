@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from .reduction import ReductionSettings
 from .vit import REDUCTION_KEYWORDS
 
 # Keywords of timm.create_model that name the weights of a model, which a checkpoint has itself.
@@ -97,40 +98,34 @@ def from_evo_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def to_evo_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a DeiT under the names of Evo-ViT's code; undoes `from_evo_names`."""
-    renamed = {}
-    for name, value in weights.items():
-        block, _, part = name.removeprefix("blocks.").partition(".")
-        module, _, kind = part.rpartition(".")
-        groups = {theirs: group for group, theirs in EVO_GROUPS.items()}
-        if not name.startswith("blocks."):
-            renamed[name] = value
-        elif module == "attn.qkv":
-            width = len(value) // 3
-            renamed[f"qks.{block}.qk.{kind}"] = value[: 2 * width]
-            renamed[f"vs.{block}.v.{kind}"] = value[2 * width :]
-        elif module in groups:
-            renamed[f"{groups[module]}.{block}.{kind}"] = value
-        else:
-            renamed[name] = value
-    return renamed
+def merged_settings(stored: Mapping, changes: Mapping) -> dict:
+    """The stored keywords of a model with others over them.
 
-
-def inherited_settings(stored: Mapping, model_name: str | None) -> dict:
-    """The stored model keywords that also hold for a model of that name (None: of their own).
-
-    A model of another name has its own settings; where they have no name, its own size, and timm's
-    names say all but the input size, the classes and the reduction.
+    A model of another name has its own settings; where stored ones have no name, its own size, and
+    timm's names say all but the input size, the classes and the reduction. Where the method
+    changes, or begins or ceases to remove `tome_r` tokens, only the keep rate, the blocks (but for
+    ToMe's own, which are all), the importance and the random seed of the reduction are kept; a keep
+    rate ends `tome_r`.
     """
-    if model_name in (None, stored.get("model_name")):
-        return dict(stored)
-    if "model_name" in stored:
-        return {}
-    kept = stored.keys() - {"embed_dim", "depth", "num_heads"}
-    if not model_name.startswith("bat_"):
-        kept &= {"img_size", "num_classes", *REDUCTION_KEYWORDS}
-    return {name: value for name, value in stored.items() if name in kept}
+    stored, name = dict(stored), changes.get("model_name")
+    if name not in (None, stored.get("model_name")):
+        kept = (
+            set() if "model_name" in stored else stored.keys() - {"embed_dim", "depth", "num_heads"}
+        )
+        if not name.startswith("bat_"):
+            kept &= {"img_size", "num_classes", *REDUCTION_KEYWORDS}
+        stored = {key: value for key, value in stored.items() if key in kept}
+    before = stored.get("reduction", ReductionSettings.reduction)
+    after = changes.get("reduction", before)
+    had_r = stored.get("tome_r") is not None
+    keeps_r = had_r and before == after and "keep_rate" not in changes
+    has_r = changes.get("tome_r") is not None or keeps_r
+    if before != after or had_r != has_r:
+        left = set(REDUCTION_KEYWORDS) - {"reduction", "keep_rate", "importance", "reduction_seed"}
+        if had_r == has_r or "tome" not in (before, after):
+            left.remove("reduction_loc")
+        stored = {key: value for key, value in stored.items() if key not in left}
+    return stored | dict(changes)
 
 
 def with_timms_names(weights: dict[str, Tensor], shown: dict) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ start_run() {
 
 # Ends the runs of `start_run`; each saves a checkpoint first.
 end_runs() {
-    kill $(jobs -p) 2>/dev/null
+    kill $(jobs -p) 2>/dev/null || true
     wait
     exit 75
 }

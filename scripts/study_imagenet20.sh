@@ -53,7 +53,8 @@ wait
 design=bat,cluster_ratio=0.4,match_ratio=0.1
 python -m tools.sweep --checkpoint "$dense" --data-path "$DATA" "${ON[@]:0:4}" \
     --reduction none random topk evit tome dpcknn ppt evo bat "$design,proportional_attention=on" \
-    "$design,proportional_attention=off" tome,tome_r=13 --part "$SHELF" --keep-rate 0.7 0.5 0.3 \
+    "$design,proportional_attention=off" tome,tome_r=13 ppt,tome_r=50 \
+    evo,keep_rate=0.5,reduction_loc=4+8 --part "$SHELF" --keep-rate 0.7 0.5 0.3 \
     --output-dir "$OUTPUT/shelf"
 
 # Fine-tuned from it: the same images in the same order for every method.

@@ -7,6 +7,7 @@
 source "$(dirname "$0")/lib.sh"
 use_env
 OUTPUT="${OUTPUT:-output/study_settings}" STEP="${STEP:-both}"
+: "${CHECKPOINT:?a checkpoint with a head}" "${DATA:?a folder with val/}"
 
 sweep() { # FOLDER PART METHODS...
     python -m tools.sweep --checkpoint "$CHECKPOINT" --data-path "$DATA" --part "$2" \
@@ -18,7 +19,7 @@ vary() { # SETTINGS NAME VALUES...: bat with these settings and each value of on
 on=proportional_attention=on off=proportional_attention=off
 base=$on,cluster_ratio=0.4,match_ratio=0.1 # what BAT was designed with, and proportional attention
 many=$on,cluster_ratio=0.8,match_ratio=0.1 # clusters
-none=$on,cluster_ratio=0                   # and none
+few=$on,cluster_ratio=0                    # and none
 
 if [ "$STEP" != report ]; then
     sweep search "${SEARCH:-1/2}" none evit "evit,$on" \
@@ -32,7 +33,12 @@ if [ "$STEP" != report ]; then
         $(vary "$on,cluster_ratio=0.4,match_ratio=0.5" merge_weights mean size) \
         $(vary "$many" merge_weights mean size) $(vary "$many" features keys) \
         $(vary "$many" density_neighbors 0) $(vary "$on,cluster_ratio=0.8" match_ratio 0) \
-        $(vary "$none" match_ratio 0.3 0.5 0.75 1) \
-        $(vary "$none,match_ratio=0.5" merge_weights mean size) \
-        $(vary "$none,match_ratio=0.5" features keys) "bat,$off,cluster_ratio=0,match_ratio=0.5"
+        $(vary "$few" match_ratio 0.3 0.5 0.75 1) \
+        $(vary "$few,match_ratio=0.5" merge_weights mean size) \
+        $(vary "$few,match_ratio=0.5" features keys) "bat,$off,cluster_ratio=0,match_ratio=0.5"
+fi
+if [ "$STEP" != search ]; then # bat, tome and dpcknn alone: main.py's defaults
+    sweep report "${REPORT:-2/2}" none topk evit dpcknn "dpcknn,$off" tome "tome,$off" tome,tome_r=13 \
+        ppt ppt,tome_r=50 evo,keep_rate=0.5,reduction_loc=4+8 bat "bat,$base" \
+        "bat,$off,cluster_ratio=0.4,match_ratio=0.1"
 fi

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import reference
 import torch
+from conftest import DESIGN
 from torch import Tensor
 
 from models.reduction import ReducedTokens, ReductionSettings, Stage, reduce_tokens
@@ -121,7 +122,7 @@ def run_stage(
 ) -> ReducedTokens:
     """One stage; by default the first one, with one patch a token and the default ratios."""
     sizes = torch.ones(x.shape[:2]) if sizes is None else sizes
-    chosen = ReductionSettings(reduction=method, reduction_seed=seed, **settings)
+    chosen = ReductionSettings(reduction=method, reduction_seed=seed, **DESIGN | settings)
     heads = x.unsqueeze(1)  # (B, 1, N, D): keys and values are the tokens themselves
     stage = Stage(x, importance, sizes, chosen, keys=heads, values=heads, index=index)
     return reduce_tokens(stage, keep_rate)

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import timm
 import torch
-from conftest import RUN_FLAGS, TINY, TINY_FLAGS, Run, RunMain, build_tiny, randomise
+from conftest import RUN_FLAGS, TIMMS, TINY, TINY_FLAGS, Run, RunMain, build_tiny, randomise
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def test_deits_checkpoints_evaluate(call_main: RunMain, data_path: Path, tmp_pat
 
 def deit_tiny(**changes: object):
     """timm's own DeiT with the small model's sizes."""
-    keywords = {name: value for name, value in TINY.items() if name != "reduction_loc"}
+    keywords = TIMMS
     return randomise(
         timm.create_model(**{"model_name": "deit_tiny_patch16_224"}, **keywords | changes)
     )
@@ -288,7 +288,7 @@ def test_finetuning_from_an_input_that_is_not_square(
 def test_pretrained_distilled_deit_loses_its_second_token(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    keywords = {name: value for name, value in TINY.items() if name != "reduction_loc"}
+    keywords = TIMMS
     distilled = randomise(timm.create_model("deit_tiny_distilled_patch16_224", **keywords))
     model = build_tiny()
     with caplog.at_level("INFO", logger="bat"):

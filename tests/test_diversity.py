@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import build_tiny, draw_batch
+from conftest import TINY, build_tiny, draw_batch
 from data_helpers import write_image_folder
 from tool_helpers import CPU_FLAGS, refusal, run_tool, write_checkpoint
 
 import models
 from tools import diversity
+from tools.common import Contender
 from tools.diversity import (
     MEASURE_LABELS,
     MEASURES,
@@ -37,6 +38,12 @@ RANDOM_MODEL = [
 @pytest.fixture
 def model():
     return build_tiny(**CHANGES)
+
+
+def contender(model):
+    """As a tool has loaded it from a file."""
+    stored = TINY | CHANGES | {"model_name": "bat_deit_tiny_patch16_224"}
+    return Contender(model, diversity.get_args_parser().parse_args([]), stored)
 
 
 def orthonormal(num_tokens, channels):
@@ -105,7 +112,7 @@ def test_attentive_tokens_of_each_method(model):
 def test_rows_against_separate_forward_passes(model):
     batches = [draw_batch(3, 3, 32, 48), draw_batch(2, 3, 32, 48, seed=1)]
     methods = ["none", "topk", "evit", "bat"]
-    table = measure_methods(model, methods, batches).set_index(["reduction", "block"])
+    table = measure_methods(contender(model), methods, batches).set_index(["reduction", "block"])
     assert list(table.index) == [(method, block) for method in methods for block in range(4)]
     assert (table.num_images == 5).all()
     together = torch.cat(batches)
@@ -132,7 +139,7 @@ def test_rows_against_separate_forward_passes(model):
 
 
 def test_figure_shows_the_table(model):
-    table = measure_methods(model, ["none", "tome", "bat"], [draw_batch(2, 3, 32, 48)])
+    table = measure_methods(contender(model), ["none", "tome", "bat"], [draw_batch(2, 3, 32, 48)])
     panels = {axes.get_label(): axes for axes in plot_diversity(table).axes}
     assert set(panels) == set(MEASURE_LABELS)
     for measure, axes in panels.items():

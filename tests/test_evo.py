@@ -12,7 +12,7 @@ from checkpoints import load_checkpoint, model_from_checkpoint
 from losses import TwoHeadLoss
 from models import make_reducing
 from models.trace import PatchKind, trace_patches, unmerge
-from models.weights import from_evo_names, to_evo_names
+from models.weights import EVO_GROUPS, from_evo_names
 from tools.tokens import follow_patches
 from visualize_mask import KIND_LABELS
 
@@ -118,9 +118,36 @@ def test_readout_of_the_mean_patch() -> None:
     loss = TwoHeadLoss(criterion)(IMAGES, (logits, class_logits), targets)
     halves = [criterion(None, each, targets) for each in (logits, class_logits)]
     torch.testing.assert_close(loss, 0.5 * halves[0] + 0.5 * halves[1])
-    assert not {"head_cls", "norm_cls"} & dict(make_reducing(model).named_children()).keys()
+    # Other methods read the class token, by its own head.
+    model.eval().set_reduction("none")
+    whole = model.norm_cls(model.run_blocks(IMAGES)[0])
+    torch.testing.assert_close(model(IMAGES), model.head_cls(whole[:, 0]), rtol=0, atol=1e-6)
+    model.set_reduction("evo", evo_readout="mean")
+    torch.testing.assert_close(model(IMAGES), average, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="evo_readout 'mean' needs a VisionTransformer"):
         make_reducing(build_tiny(num_classes=0), reduction="evo", evo_readout="mean")
+    with pytest.raises(ValueError, match="not block 0"):
+        make_reducing(model, reduction="evo", reduction_loc=(0, 2))
+
+
+def to_evo_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a DeiT under the names of Evo-ViT's code."""
+    renamed = {}
+    groups = {theirs: group for group, theirs in EVO_GROUPS.items()}
+    for name, value in weights.items():
+        block, _, part = name.removeprefix("blocks.").partition(".")
+        module, _, kind = part.rpartition(".")
+        if not name.startswith("blocks."):
+            renamed[name] = value
+        elif module == "attn.qkv":
+            width = len(value) // 3
+            renamed[f"qks.{block}.qk.{kind}"] = value[: 2 * width]
+            renamed[f"vs.{block}.v.{kind}"] = value[2 * width :]
+        elif module in groups:
+            renamed[f"{groups[module]}.{block}.{kind}"] = value
+        else:
+            renamed[name] = value
+    return renamed
 
 
 def test_names_there_and_back(tmp_path) -> None:

@@ -172,7 +172,7 @@ def test_evits_args_choose_the_reduction(
                 args=argparse.Namespace(**SAID))  # fmt: skip
     flags = [*FILE_FLAGS, "--data-path", data_path, "--resume", path]
     lines = {
-        (): "reduction evit, keep rates 0.5 0.5, blocks 1 2, cluster ratio 0.4, match ratio 0.1",
+        (): "reduction evit, keep rates 0.5 0.5, blocks 1 2, proportional attention off",
         ("--keep-rate", "0.8"): "reduction evit, keep rates 0.8 0.8, blocks 1 2",
         ("--reduction", "topk", "--reduction-loc", "1"): "reduction topk, keep rates 0.5, blocks 1",
     }
@@ -370,11 +370,14 @@ def test_every_setting_of_the_reduction_is_recorded(
 ) -> None:
     saved = torch.load(trained.folder / "best.pth", weights_only=True)["model_args"]
     assert tuple(saved["keep_rate"]) == (0.6, 0.8) and tuple(saved["reduction_loc"]) == (1, 2)
-    first = {
-        "reduction": "bat", "cluster_ratio": 0.4, "match_ratio": 0.1,
-        "merge_weights": "importance", "reduction_seed": 0,
+    now = {
+        "reduction": "bat", "cluster_ratio": 0.0, "match_ratio": 0.5, "features": "tokens",
+        "merge_weights": "importance", "density_neighbors": 5, "proportional_attention": "on",
+        "reduction_seed": 0, "tome_r": None,
     }  # fmt: skip
-    assert first.items() <= saved.items()
+    assert now.items() <= saved.items()
+    first = now | {"cluster_ratio": 0.4, "match_ratio": 0.1, "proportional_attention": "off"}
+    first.pop("tome_r")
     # Checkpoints of before say less: they mean the defaults of that time.
     settings = {"model_name": "bat_deit_tiny_patch16_224", **SMALL, "depth": 12}
     save(tmp_path / "old.pth", build(settings["model_name"], depth=12), model_args=SMALL | settings)
@@ -383,7 +386,7 @@ def test_every_setting_of_the_reduction_is_recorded(
     assert old["keep_rate"] == 0.7 and tuple(old["reduction_loc"]) == (3, 6, 9)
     done = call_main(*FILE_FLAGS, "--data-path", data_path, *PLAIN_FLAGS, "--eval",
                      "--resume", trained.folder / "best.pth")  # fmt: skip
-    assert "reduction bat, keep rates 0.6 0.8, blocks 1 2, cluster ratio 0.4" in done.stdout
+    assert "reduction bat, keep rates 0.6 0.8, blocks 1 2, cluster ratio 0, " in done.stdout
     with pytest.raises(InputError, match="its depth is 3, its weights' 12"):
         save(tmp_path / "wrong.pth", build(settings["model_name"], depth=12),
              model_args=settings | {"depth": 3})  # fmt: skip

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import TINY, build_tiny, draw_batch, randomise
+from conftest import DESIGN, TINY, build_tiny, draw_batch, randomise
 
 from arguments import get_args_parser, model_arguments
 from checkpoints import build_model
@@ -124,7 +124,8 @@ def test_every_registered_name_builds_from_the_flags_of_main() -> None:
     ],
 )
 def test_tokens_of_the_published_keep_rates(keep_rate: float, kept: tuple[int, ...]) -> None:
-    model = timm.create_model(NAMES[1], embed_dim=24, num_heads=3, num_classes=0).eval()
+    model = timm.create_model(NAMES[1], embed_dim=24, num_heads=3, num_classes=0, **DESIGN)
+    model.eval()
     model.set_keep_rate(keep_rate)
     images = draw_batch(2, 3, 224, 224)
     with torch.no_grad():

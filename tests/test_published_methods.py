@@ -7,9 +7,11 @@ from conftest import build_tiny, draw_batch
 from stage_helpers import run_stage
 from torch import Tensor
 
+from arguments import get_args_parser, model_arguments
 from models import REDUCTIONS, count_gmacs, make_reducing
 from models.reduction import ReductionSettings
 from models.vit import attend
+from models.weights import merged_settings
 
 IMAGES = draw_batch(3, 3, 32, 48)  # 4 x 6 patches
 
@@ -135,8 +137,9 @@ def run_ppt_slowly(model, image: Tensor, rates: tuple[float, ...], threshold: fl
 def test_ppt_as_published() -> None:
     rates = (0.8, 0.6, 0.7)
     model = build_tiny(
-        img_size=(32, 48), depth=5, reduction="ppt", reduction_loc=(1, 2, 3), keep_rate=rates
-    )
+        img_size=(32, 48), depth=5, reduction="ppt", reduction_loc=(1, 2, 3), keep_rate=rates,
+        proportional_attention="auto",
+    )  # fmt: skip
     images = draw_batch(6, 3, 32, 48)
     variances = [run_ppt_slowly(model, image, rates, 0.0)[1] for image in images]
     assert all(map(all, variances)), "a threshold of 0 always prunes"
@@ -201,8 +204,7 @@ def test_proportional_attention_of_a_whole_model(method: str) -> None:
 
 def test_auto_is_the_methods_own() -> None:
     own = {name for name in REDUCTIONS if ReductionSettings(name).is_proportional}
-    assert "ppt" in own and not own & {"none", "topk", "random", "evo", "tome"}
-    assert ReductionSettings("tome", tome_r=8).is_proportional
+    assert own == {"bat", "tome", "dpcknn", "ppt"}
     for name in REDUCTIONS:
         assert ReductionSettings(name, proportional_attention="on").is_proportional
         assert not ReductionSettings(name, proportional_attention="off").is_proportional
@@ -267,3 +269,61 @@ def test_clustering_by_keys_and_over_all_neighbours() -> None:
         for name in ("tokens", "keys")
     )
     assert not torch.equal(tokens, keys)
+
+
+RATE = {"keep_rate": 0.7}
+WHERE = RATE | {"reduction_loc": (1, 2)}
+BAT = {"reduction": "bat", "cluster_ratio": 0.4, "keep_rate": 0.7, "reduction_loc": (1, 2)}
+TOME = {"reduction": "tome", "tome_r": 13, "keep_rate": 0.7, "proportional_attention": "on"}
+TOME |= {"reduction_loc": (0, 1, 2)}
+VARIANT = {"reduction": "tome", "keep_rate": 0.7, "reduction_loc": (1, 2), "features": "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "expected"),
+    [
+        (BAT, {"keep_rate": 0.5}, BAT | {"keep_rate": 0.5}),
+        (BAT, {"reduction": "bat"}, BAT),
+        # Of another method only where and how much stays.
+        (
+            BAT,
+            {"reduction": "evit"},
+            {"reduction": "evit", "keep_rate": 0.7, "reduction_loc": (1, 2)},
+        ),
+        (
+            BAT,
+            {"reduction": "tome", "tome_r": 5},
+            {"reduction": "tome", "keep_rate": 0.7, "tome_r": 5},
+        ),
+        (
+            BAT,
+            {"reduction": "ppt", "tome_r": 5},
+            {"reduction": "ppt", "keep_rate": 0.7, "tome_r": 5, "reduction_loc": (1, 2)},
+        ),
+        (TOME, {"reduction": "bat"}, {"reduction": "bat", "keep_rate": 0.7}),
+        (TOME, {"tome_r": 8}, TOME | {"tome_r": 8}),
+        (TOME, {"keep_rate": 0.5}, {"reduction": "tome", "keep_rate": 0.5}),
+        (VARIANT, {"tome_r": 5}, {"reduction": "tome", "keep_rate": 0.7, "tome_r": 5}),
+        (
+            {"model_name": "x"} | BAT,
+            {"reduction": "none"},
+            {"model_name": "x", "reduction": "none", "keep_rate": 0.7, "reduction_loc": (1, 2)},
+        ),
+    ],
+    ids=str,
+)
+def test_settings_of_another_method_are_left_behind(settings, changes, expected) -> None:
+    assert merged_settings(settings, changes) == expected
+
+
+def test_flags_are_over_the_checkpoint_and_variants_over_flags() -> None:
+    args = get_args_parser().parse_args(
+        ["--reduction", "ppt", "--tome-r", "3", "--proportional-attention", "off"]
+    )
+    stored = {"model_name": "bat_deit_tiny_patch16_224"} | BAT
+    given = model_arguments(args, stored)
+    assert (given["reduction"], given["tome_r"], given["reduction_loc"]) == ("ppt", 3, (1, 2))
+    assert given["proportional_attention"] == "off" and "cluster_ratio" not in given
+    own = model_arguments(args, stored, {"reduction": "bat", "match_ratio": 0.2, "tome_r": None})
+    assert (own["reduction"], own["match_ratio"], own["tome_r"]) == ("bat", 0.2, None)
+    assert own["cluster_ratio"] == 0.4 and own["proportional_attention"] == "off"

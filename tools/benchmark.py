@@ -25,7 +25,6 @@ from arguments import (
     random_seed,
     reduction_variant,
     variant_name,
-    with_method,
 )
 from checkpoints import build_model
 from models import REDUCTIONS, ReducingTransformer, count_gmacs
@@ -79,10 +78,9 @@ def build_candidates(
     lines += [(reduction, rate) for rate in args.keep_rate for reduction in args.reduction]
     candidates = []
     for reduction, rate in lines:
-        own = {"input_size": img_size, "keep_rate": [rate], "reduction": None}
-        model_args = model_arguments(Namespace(**vars(args) | own))
-        if reduction != DENSE:
-            model_args = with_method(model_args, **reduction_variant(reduction))
+        own = {"input_size": img_size, "keep_rate": None, "reduction": None}
+        variant = {} if reduction == DENSE else {"keep_rate": rate} | reduction_variant(reduction)
+        model_args = model_arguments(Namespace(**vars(args) | own), None, variant)
         torch.manual_seed(setting.seed)
         model = build_dense(model_args) if reduction == DENSE else build_model(model_args)
         gmacs = count_gmacs(model)

@@ -24,12 +24,12 @@ from arguments import (
     random_seed,
     reduction_variant,
     variant_name,
-    with_method,
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
 from models import REDUCTIONS, ReducingTransformer, describe_reduction, make_reducing
 from models.reduction import ReducedTokens
+from models.vit import REDUCTION_KEYWORDS
 from utils import (
     InputError,
     init_process,
@@ -84,26 +84,34 @@ def find_device(args: Namespace) -> torch.device:
 
 def load_model(args: Namespace, path: str, device: torch.device) -> ReducingTransformer:
     """The model of a checkpoint ("": random weights) with what the flags change, to evaluate."""
+    return load_contender(args, path, device).model
+
+
+def load_contender(args: Namespace, path: str, device: torch.device) -> "Contender":
+    """As `load_model`, to be switched between methods."""
     checkpoint = load_checkpoint(path) if path else {}
     seed_everything(args.seed)
-    keywords = model_arguments(args, checkpoint.get("model_args"))
+    stored = checkpoint.get("model_args") or {}
+    keywords = model_arguments(args, stored)
     model = model_from_checkpoint(checkpoint, ema=args.ema, source=path, **keywords)
     logger.info(describe_reduction(model))
-    return model.to(device)
+    return Contender(model.to(device), args, stored)
 
 
 class Contender(NamedTuple):
-    """A model and the settings that it came with, to be switched between methods."""
+    """A model that is switched between methods."""
 
     model: ReducingTransformer
-    settings: dict  # keywords of `make_reducing`
+    args: Namespace  # the flags, which are over what is stored
+    stored: dict  # the checkpoint's keywords of the model
 
     def switch(self, reduction: str, keep_rate: float | None = None) -> ReducingTransformer:
         """The model with a method, which may bring settings, and maybe with a keep rate."""
-        changes = {"keep_rate": keep_rate} if keep_rate is not None else {}
-        changes |= reduction_variant(reduction)
+        variant = {"keep_rate": keep_rate} if keep_rate is not None else {}
+        keywords = model_arguments(self.args, self.stored, variant | reduction_variant(reduction))
+        chosen = {name: keywords[name] for name in REDUCTION_KEYWORDS if name in keywords}
         with refusing(reduction):
-            return make_reducing(self.model, **with_method(self.settings, **changes), check=False)
+            return make_reducing(self.model, **chosen, check=False)
 
 
 def readable_batches(

@@ -135,7 +135,7 @@ def measure_images(model: ReducingTransformer, name: str, images: Tensor) -> pd.
 
 @torch.no_grad()
 def measure_methods(
-    model: ReducingTransformer, reductions: Sequence[str], batches: Iterable[Tensor]
+    contender: common.Contender, reductions: Sequence[str], batches: Iterable[Tensor]
 ) -> pd.DataFrame:
     """Measures every block of a model under every method, on the same images (B, 3, H, W).
 
@@ -146,9 +146,9 @@ def measure_methods(
         num_attentive (missing outside reducing blocks), of each measure the mean over the images
         and the standard deviation (missing where it is not defined), and num_images.
     """
-    tables, contender = [], common.Contender(model, model.reduction_settings())
+    tables = []
     for images in batches:
-        images = images.to(model.patch_embed.proj.weight.device)
+        images = images.to(contender.model.patch_embed.proj.weight.device)
         for reduction in reductions:
             tables.append(measure_images(contender.switch(reduction), reduction, images))
     keys = ["reduction", "block", "num_tokens", "num_attentive"]
@@ -203,7 +203,8 @@ def get_args_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
-    model = common.load_model(args, args.checkpoint, common.find_device(args))
+    contender = common.load_contender(args, args.checkpoint, common.find_device(args))
+    model = contender.model
     config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
     dataset, _ = build_dataset(False, args, config)
     stem = check_writable(args.output_dir) / "diversity"
@@ -211,7 +212,7 @@ def run(args: Namespace) -> int:
     indices = [number * len(dataset) // count for number in range(count)]
     bad: list[int] = []
     batches = common.readable_batches(dataset, indices, args, bad)
-    table = measure_methods(model, args.reductions, (images for images, _ in batches))
+    table = measure_methods(contender, args.reductions, (images for images, _ in batches))
     common.write_table(table, stem.with_name("diversity.csv"))
     save_figure(plot_diversity(table), stem)
     common.say_written(stem, ".csv", ".png", ".pdf")

@@ -25,7 +25,7 @@ from torch.export import Dim
 from arguments import ArgumentParser, add_model_arguments, add_switch, model_arguments, random_seed
 from checkpoints import load_checkpoint, model_from_checkpoint
 from models import ReducingTransformer, count_gmacs
-from models.vit import restore_timm
+from models.vit import drop_second_head, restore_timm
 from tools.common import load_model
 from utils import InputError, check_writable, run_script
 
@@ -148,7 +148,8 @@ def export_folder(args: Namespace) -> int:
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     keywords = model_arguments(args, checkpoint.get("model_args"))
     model = model_from_checkpoint(checkpoint, ema=args.ema, **keywords)
-    settings = model.reduction_settings()
+    drop_second_head(model)
+    settings = model.reduction_settings() | {"evo_readout": "class"}
     restore_timm(model)
     architecture = keywords.pop("model_name").removeprefix("bat_")
     known = {"architecture": architecture, "input_size": (3, *model.patch_embed.img_size)}

@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
@@ -211,8 +212,8 @@ def sweep_settings(
     }
     for path, (label, contender) in zip(args.checkpoint, contenders.items(), strict=True):
         settings |= {f"{label}.path": path, f"{label}.weights": digest_weights(contender.model)}
-        for name in contender.settings.keys() - {"reduction", "keep_rate"}:
-            settings[f"{label}.{name}"] = contender.settings[name]
+        for name, value in contender.model.reduction_settings().items():
+            settings[f"{label}.{name}"] = value  # as it comes from the file and the flags
     return json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
 
@@ -396,7 +397,7 @@ def compare_paired(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
 def comparison_pairs(configurations: Sequence[Configuration]) -> list[tuple[int, int]]:
     """Bat against every other method, and every other one against evit, at each keep rate.
 
-    With methods that bring settings of their own only the plain names are compared.
+    A method with settings of its own counts as another one.
     """
     return [
         (index, rival_index)
@@ -443,16 +444,19 @@ def _rate(text: str) -> float:
 
 
 def _part(text: str) -> tuple[int, int]:
-    number, count = map(int, text.split("/"))
-    if not 1 <= number <= count:
-        raise ArgumentTypeError(f"must be 1/N to N/N, got {text}")
-    return number, count
+    with suppress(ValueError):
+        number, count = map(int, text.split("/"))
+        if 1 <= number <= count:
+            return number, count
+    raise ArgumentTypeError(f"must be 1/N to N/N, got {text}")
 
 
 def chosen_images(args: Namespace, dataset: SampleDataset) -> range:
-    """Indices of the validation images that --part takes."""
+    """Indices of the validation images that --part takes; InputError: there is none."""
     number, count = args.part
-    return range(number - 1, len(dataset), count)
+    if not (images := range(number - 1, len(dataset), count)):
+        raise InputError(f"--part {number}/{count}: there are {len(dataset)} images")
+    return images
 
 
 def get_args_parser() -> ArgumentParser:
@@ -480,7 +484,8 @@ def get_args_parser() -> ArgumentParser:
 def load_inputs(args: Namespace) -> tuple[dict[str, common.Contender], SampleDataset]:
     """The models by the label of their checkpoint, and the validation set that fits them all."""
     device = common.find_device(args)
-    models = [common.load_model(args, path, device) for path in args.checkpoint]
+    contenders = [common.load_contender(args, path, device) for path in args.checkpoint]
+    models = [contender.model for contender in contenders]
     configs = [data_config(args, m.patch_embed.img_size, m.pretrained_cfg) for m in models]
     for config in configs:
         if config != configs[0]:
@@ -491,7 +496,6 @@ def load_inputs(args: Namespace) -> tuple[dict[str, common.Contender], SampleDat
             raise InputError(
                 f"{path} has {model.num_classes} classes, {args.data_path} has {num_classes}"
             )
-    contenders = [common.Contender(model, model.reduction_settings()) for model in models]
     return dict(zip(short_labels(args.checkpoint), contenders, strict=True)), dataset
 
 
@@ -500,14 +504,14 @@ def run(args: Namespace) -> int:
     # What to evaluate.
     contenders, dataset = load_inputs(args)
     configurations = make_configurations(list(contenders), args.reductions, args.keep_rates)
-    for configuration in configurations:  # bad settings are refused before anything runs
-        switch(contenders, configuration)
     asked = [tuple(find_configuration(configurations, name) for name in pair)
              for pair in args.compare]  # fmt: skip
+    settings = sweep_settings(args, contenders, configurations, dataset)
+    for configuration in configurations:  # bad settings are refused before anything runs
+        switch(contenders, configuration)
     # What an earlier sweep knows already.
     folder = check_writable(args.output_dir)
     path = folder / "predictions.npz"
-    settings = sweep_settings(args, contenders, configurations, dataset)
     images = chosen_images(args, dataset)
     shape = len(configurations), len(images)
     predictions = open_predictions(path, settings, shape, restart=args.restart)
