@@ -41,7 +41,7 @@ from arguments import (
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
 from inputs.images import BadImageError, list_images, load_image
-from models import ReducingTransformer, describe_reduction
+from models import ReducingTransformer, describe_rates, describe_reduction
 from models.trace import PatchKind, trace_patches
 from utils import (
     InputError,
@@ -376,10 +376,10 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     seed_everything(args.seed)
     model = model_from_checkpoint(checkpoint, ema=args.ema, source=args.checkpoint, **model_args)
     logger.info(describe_reduction(model))
-    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
     origin = "/".join(Path(args.checkpoint).parts[-2:]) if checkpoint else "random weights"
     origin += " (exponential moving average)" if args.ema else ""
-    description = f"{model_args['model_name']}, {model.reduction}, keep rate {rates}, {origin}"
+    name = model_args["model_name"]
+    description = f"{name}, {model.reduction}, {describe_rates(model)}, {origin}"
     if len(classes) != model.num_classes:
         classes = [f"class {index}" for index in range(model.num_classes)]
     loaded = LoadedModel(model.to(device), description, classes if checkpoint else [], config)

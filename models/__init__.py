@@ -5,6 +5,7 @@ from .complexity import (
     count_gmacs,
     count_parameters,
     describe,
+    describe_rates,
     describe_reduction,
     find_keep_rate,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "count_gmacs",
     "count_parameters",
     "describe",
+    "describe_rates",
     "describe_reduction",
     "find_keep_rate",
     "make_reducing",

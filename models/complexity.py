@@ -56,12 +56,19 @@ def count_gmacs(model: nn.Module) -> float:
     return gmacs_by_module(model)[""]
 
 
+def describe_rates(model: ReducingTransformer) -> str:
+    """How many tokens its stages keep, in words."""
+    if model.settings.tome_r is not None:
+        return f"{model.settings.tome_r} tokens less a stage"
+    return f"keep rates {_join(model.keep_rates)}"
+
+
 def describe_reduction(model: ReducingTransformer) -> str:
     """The model's reduction in one line."""
     settings = model.settings
     words = [
         f"reduction {settings.reduction}",
-        f"keep rates {_join(model.keep_rates)}",
+        describe_rates(model),
         f"blocks {_join(model.reduction_loc)}",
     ]
     if settings.method.splits:
@@ -70,8 +77,6 @@ def describe_reduction(model: ReducingTransformer) -> str:
             f"match ratio {settings.match_ratio:g}",
             f"merge weights {settings.merge_weights}",
         ]
-    if settings.tome_r is not None:
-        words[1] = f"{settings.tome_r} tokens less a stage"
     words.append(f"proportional attention {'on' if settings.is_proportional else 'off'}")
     return ", ".join(words)
 

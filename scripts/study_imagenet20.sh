@@ -44,7 +44,7 @@ tune() {
 head="$OUTPUT/head.pth" dense="$runs/dense/checkpoint.pth"
 if [ ! -e "$head" ]; then
     python -m tools.linear_head --checkpoint "$WEIGHTS" --data-path "$DATA" \
-        --eval-crop-ratio 1.0 --output "$head"
+        --eval-crop-ratio 1.0 --output-dir "$OUTPUT"
 fi
 tune dense "$head" --reduction none --keep-rate 1
 wait

@@ -38,7 +38,8 @@ def test_command(data_path, tmp_path, capsys) -> None:
     settings["model_name"] = "bat_deit_tiny_patch16_224"
     torch.save({"model": headless, "model_args": settings}, tmp_path / "headless.pth")
     out = tmp_path / "out" / "head.pth"
-    argv = ["--checkpoint", tmp_path / "headless.pth", "--data-path", data_path, "--output", out]
+    argv = ["--checkpoint", tmp_path / "headless.pth", "--data-path", data_path]
+    argv += ["--output-dir", out.parent]
     assert run_tool(linear_head.main, [*argv, "--batch-size", "10", *CPU_FLAGS]) == 0
     assert f"wrote {out}" in capsys.readouterr().out
     checkpoint = load_checkpoint(out)
@@ -46,7 +47,7 @@ def test_command(data_path, tmp_path, capsys) -> None:
     model = model_from_checkpoint(checkpoint)
     for name, value in headless.items():
         assert torch.equal(model.state_dict()[name], value)
-    assert model.keep_rates == (1.0, 1.0)
+    assert model.keep_rates == (0.7, 0.7), "the features alone are those of all tokens"
     assert "no such checkpoint" in refusal(
         capsys, linear_head.main, ["--checkpoint", "nowhere.pth", "--data-path", data_path]
     )

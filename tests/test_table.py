@@ -85,7 +85,7 @@ def test_command_line_writes_table_and_figure(tmp_path, capsys, monkeypatch):
     assert table.main(list(map(str, words))) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith(
-        "| bat | bat | off | 0.4 | 0.1 | importance | 0.6 0.8 | 1 | 75.00 |  | -25.00 |"
+        "| bat | bat | off |  | 0.4 | 0.1 | importance | 0.6 0.8 | 1 | 75.00 |  | -25.00 |"
     )
     assert (out / "table.md").read_text().splitlines() == lines[:4]
     assert pd.read_csv(out / "table.csv").acc1.tolist() == [75, 100]

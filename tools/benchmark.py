@@ -28,7 +28,7 @@ from arguments import (
 )
 from checkpoints import build_model
 from models import REDUCTIONS, ReducingTransformer, count_gmacs
-from models.reduction import ReducedTokens
+from models.reduction import ReducedTokens, get_reduction
 from models.vit import Attended, ReducingBlock, find_importance, project
 from tools import timing
 from tools.timing import Call, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
@@ -345,7 +345,9 @@ def make_setting(args: Namespace) -> Setting:
         raise InputError(f"--cuda-graphs needs a GPU, the device is {device}")
     if args.what == "stage" and args.reduction_loc == []:
         raise InputError("--what stage needs a reducing block in --reduction-loc")
-    if args.what == "stage" and any(name.startswith("evo") for name in args.reduction):
+    if args.what == "stage" and any(
+        get_reduction(reduction_variant(name)["reduction"]).waits for name in args.reduction
+    ):
         raise InputError("--what stage: the stages of evo stand between blocks")
     if args.ema:
         raise InputError("--ema needs a checkpoint, but these weights are random")

@@ -32,7 +32,8 @@ equal tokens ||X - 1 m^T||_F / ||X||_F with m the mean token; the mean cosine of
 tokens; the effective rank, exp of the entropy of the normalised singular values (Roy and Vetterli
 2007); and for each reducing block the share of the class token's attention to patch tokens that the
 attentive ones carry: BAT's attentive tokens, for other methods the K most attended tokens, K being
-how many the keep rate leaves. Writes diversity.csv, .png and .pdf; blocks are counted from 0."""
+how many the keep rate leaves; evo is measured on its active tokens, without that share. Writes
+diversity.csv, .png and .pdf; blocks are counted from 0."""
 
 
 def relative_distance(x: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ METHODS = {
     "none": ("dense", "#000000", "*"),
 }
 OTHER = ("#666666", "P")
+HOLLOW_MARKERS = "osD^v<>ph*"
 
 styled = matplotlib.rc_context(STYLE)  # a decorator: the function draws under the style
 
@@ -61,12 +62,15 @@ styled = matplotlib.rc_context(STYLE)  # a decorator: the function draws under t
 def method_style(reduction: str) -> dict:
     """Label, colour and marker of a method, as keywords of `Axes.plot`.
 
-    A method with settings of its own (bat,cluster_ratio=0.25) is hollow.
+    A method with settings of its own (bat,cluster_ratio=0.25) is hollow, with another marker.
     """
     method, comma, _ = reduction.partition(",")
     label, colour, marker = METHODS.get(method, (method, *OTHER))
     style = {"label": reduction if comma else label, "color": colour, "marker": marker}
-    return style | ({"markerfacecolor": "white"} if comma else {})
+    if comma:
+        number = sum(map(ord, reduction)) % len(HOLLOW_MARKERS)
+        style |= {"markerfacecolor": "white", "marker": HOLLOW_MARKERS[number]}
+    return style
 
 
 def new_figure(height: float) -> Figure:

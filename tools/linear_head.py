@@ -1,31 +1,29 @@
 """A linear classifier on the features of a model that has none: a minute instead of a training.
 
-    python -m tools.linear_head --checkpoint backbone.safetensors --data-path DATA --output head.pth
+    python -m tools.linear_head --checkpoint backbone.safetensors --data-path DATA
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 1 images could not be read (they are named and counted), 2 bad input.
 """
 
 import os
 import sys
 from argparse import Namespace
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from arguments import ArgumentParser, add_data_arguments, data_config, model_arguments
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import DATA_SETS, SampleDataset, build_transform
 from tools import common
-from utils import check_writable, logger, run_script, seed_everything, write_atomically
+from utils import InputError, check_writable, logger, run_script, seed_everything, write_atomically
 
 HELP = """Fits the head of a model to a training set by ridge regression of the one-hot classes on
 the features of the whole images (keep rate 1, no augmentation). The penalty, and the factor that
 turns the answers into logits, are those of the lowest cross-entropy on every tenth image, which the
-regression has not seen. Writes a checkpoint that every script reads."""
+regression has not seen. Writes head.pth, a checkpoint that every script reads."""
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # shares of the mean squared feature
 FACTORS = (1, 2, 4, 8, 16, 32)
 
@@ -52,19 +50,19 @@ def ridge(features: Tensor, targets: Tensor, penalty: float) -> nn.Linear:
 def fit_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[nn.Linear, float, float]:
     """The head, in float64, and Acc@1 in percent and cross-entropy on every tenth image.
 
-    Takes features (n, D) float64 and labels (n,).
+    Takes features (n, D) float64 and labels (n,), n at least 10.
     """
     targets = F.one_hot(labels, num_classes).to(features.dtype)
     held_out = torch.arange(len(labels)) % 10 == 9
     best = None
-    for penalty, factor in product(PENALTIES, FACTORS):
-        logits = factor * ridge(features[~held_out], targets[~held_out], penalty)(
-            features[held_out]
-        )
-        loss = F.cross_entropy(logits, labels[held_out]).item()
-        if best is None or loss < best[0]:
-            accuracy = 100 * (logits.argmax(dim=1) == labels[held_out]).double().mean().item()
-            best = loss, accuracy, penalty, factor
+    for penalty in PENALTIES:
+        head = ridge(features[~held_out], targets[~held_out], penalty)
+        answers = head(features[held_out])
+        accuracy = 100 * (answers.argmax(dim=1) == labels[held_out]).double().mean().item()
+        for factor in FACTORS:
+            loss = F.cross_entropy(factor * answers, labels[held_out]).item()
+            if best is None or loss < best[0]:
+                best = loss, accuracy, penalty, factor
     loss, accuracy, penalty, factor = best
     head = ridge(features, targets, penalty)
     for parameter in head.parameters():
@@ -75,41 +73,46 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[nn.Lin
 def get_args_parser() -> ArgumentParser:
     parser = common.tool_parser("linear_head", HELP, batch_size=64)
     add_data_arguments(parser)
-    parser.add_argument("--output", default="output/linear_head.pth", help="checkpoint to write")
     return parser
 
 
 @torch.no_grad()
 def run(args: Namespace) -> int:
     """Reads the images, fits the head and writes the checkpoint."""
+    # Model
     device = common.find_device(args)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     seed_everything(args.seed)
-    keywords = model_arguments(args, checkpoint["model_args"]) | {"keep_rate": 1.0}
+    keywords = model_arguments(args, checkpoint.get("model_args"))
     source = DATA_SETS[args.data_set](Path(os.path.expanduser(args.data_path)), True, args)
     keywords["num_classes"] = len(source.classes)
-    model = model_from_checkpoint(
-        checkpoint, ema=args.ema, source=args.checkpoint, new_head=True, **keywords
-    ).to(device)
+    options = {"ema": args.ema, "source": args.checkpoint, "new_head": True}
+    model = model_from_checkpoint(checkpoint, **options, **keywords).to(device)
+    settings = model.reduction_settings() | keywords
+    model.set_keep_rate(1.0)
+    # Features of all images that can be read
     config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
-    dataset = SampleDataset(source, build_transform(False, args, config), config)
-    loader = DataLoader(dataset, batch_size=args.batch_size, num_workers=args.num_workers)
-    features, labels = [], []
-    for images, targets, _ in loader:
+    transform = build_transform(False, args, config)
+    dataset = SampleDataset(source, transform, config, bad_images=args.bad_images)
+    if len(dataset) < 10:
+        raise InputError(f"{args.data_path} has {len(dataset)} training images, fewer than 10")
+    indices, bad = range(len(dataset)), []
+    features, read = [], []
+    for images, batch in common.readable_batches(dataset, indices, args, bad):
         tokens = model.forward_features(images.to(device))
         features.append(model.forward_head(tokens, pre_logits=True).double().cpu())
-        labels.append(targets)
-        logger.info(f"image {args.batch_size * len(features)} of {len(dataset)}")
-    head, accuracy, loss = fit_head(torch.cat(features), torch.cat(labels), len(source.classes))
-    model.head.load_state_dict(head.state_dict())
-    settings = model.reduction_settings() | keywords
+        read += batch
+    labels = torch.from_numpy(dataset.targets[read])
+    # Head
+    head, accuracy, loss = fit_head(torch.cat(features), labels, len(source.classes))
+    for own in {model.class_readout[1], getattr(model, "head_dist", model.class_readout[1])}:
+        own.load_state_dict(head.state_dict())  # distilled: the mean of both is this head
     contents = {"model": model.cpu().state_dict(), "model_args": settings}
     contents |= {"data_config": config, "classes": source.classes}
-    path = Path(args.output)
-    check_writable(path.parent)
+    path = check_writable(args.output_dir) / "head.pth"
     write_atomically(path, lambda file: torch.save(contents, file))
     logger.info(f"Acc@1 {accuracy:.2f}, loss {loss:.4f} on every tenth image; wrote {path}")
-    return 0
+    return common.report_bad_images(dataset, bad, len(dataset))
 
 
 def main(argv: list[str] | None = None) -> int:

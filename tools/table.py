@@ -34,8 +34,10 @@ INCIDENTAL = (
 )  # fmt: skip
 # Settings of the model, which the args.json of old runs may leave out.
 SETTINGS = (
-    "reduction", "proportional_attention", "cluster_ratio", "match_ratio", "merge_weights",
+    "reduction", "proportional_attention", "tome_r", "cluster_ratio", "match_ratio",
+    "merge_weights",
 )  # fmt: skip
+OF_ALL = SETTINGS[:3]  # the others are BAT's alone
 FORMATS = {"gmacs": ".4g", "acc1": ".2f", "acc1_std": ".2f"}
 FORMATS |= {"difference": "+.2f", "standard_error": ".2f"}
 
@@ -109,10 +111,11 @@ def table_row(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> d
         difference, standard_error = paired_difference(correct, correct_baseline)
     rates = [f"{rate:g}" for rate in last["keep_rate"]] or ["1"]
     reduction = about["model_args"]["reduction"]
-    shown = SETTINGS if reduction == "bat" else SETTINGS[:2]  # the others are BAT's alone
+    shown = SETTINGS if reduction == "bat" else OF_ALL
+    known = {name: about["model_args"].get(name) for name in shown}
     return {
         "run": runs[0].folder.name,
-        **{name: about["model_args"][name] if name in shown else None for name in SETTINGS},
+        **{name: known.get(name) for name in SETTINGS},
         "keep_rate": " ".join(rates if len(set(rates)) > 1 else rates[:1]),
         "gmacs": about["gmacs"],
         "acc1": float(np.mean(acc1)),
