@@ -57,10 +57,10 @@ def count_gmacs(model: nn.Module) -> float:
 
 
 def describe_rates(model: ReducingTransformer) -> str:
-    """How many tokens its stages keep, in words."""
+    """How many tokens its stages keep, in words; equal keep rates once."""
     if model.settings.tome_r is not None:
         return f"{model.settings.tome_r} tokens less a stage"
-    return f"keep rates {_join(model.keep_rates)}"
+    return "keep rate " + ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
 
 
 def describe_reduction(model: ReducingTransformer) -> str:
@@ -68,7 +68,7 @@ def describe_reduction(model: ReducingTransformer) -> str:
     settings = model.settings
     words = [
         f"reduction {settings.reduction}",
-        describe_rates(model),
+        f"keep rates {_join(model.keep_rates)}",
         f"blocks {_join(model.reduction_loc)}",
     ]
     if settings.method.splits:
@@ -77,6 +77,8 @@ def describe_reduction(model: ReducingTransformer) -> str:
             f"match ratio {settings.match_ratio:g}",
             f"merge weights {settings.merge_weights}",
         ]
+    if settings.tome_r is not None:
+        words[1] = describe_rates(model)
     words.append(f"proportional attention {'on' if settings.is_proportional else 'off'}")
     return ", ".join(words)
 

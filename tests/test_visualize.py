@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import DESIGN
 from data_helpers import config_of, dataset_args
 from PIL import Image
 
@@ -18,7 +19,7 @@ from visualize_mask import BORDER_COLOURS, Panel, Picture, Source, draw_stage
 
 DROPPED, SINGLE, PAIR, CLUSTER, MIXED, WAITING = (int(kind) for kind in PatchKind)
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
-MODEL_ARGS = {"model_name": "bat_deit_tiny_patch16_224", "img_size": (32, 48), **SHAPE}
+MODEL_ARGS = {"model_name": "bat_deit_tiny_patch16_224", "img_size": (32, 48), **SHAPE, **DESIGN}
 MODEL_ARGS["reduction_loc"] = (1, 2)
 MODEL_FLAGS = [
     "--model", MODEL_ARGS["model_name"], "--input-size", "32", "48", "--reduction-loc", "1", "2",
