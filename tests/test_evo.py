@@ -1,10 +1,14 @@
 """Evo-ViT against a slow loop of its published arithmetic, its training, and its checkpoints."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUN_FLAGS, build_tiny, draw_batch
+from conftest import REPOSITORY, RUN_FLAGS, build_tiny, draw_batch
 from test_published_methods import attend_slowly, heads_of
 from torch import Tensor
 
@@ -216,3 +220,31 @@ def test_flags_of_evo_alone(data_path, call_main, more: list[str], words: str) -
     ]  # fmt: skip
     result = call_main(*flags, *more)
     assert result.returncode == 2 and words in result.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resumed_in_the_warm_up(data_path, tmp_path, processes: int) -> None:
+    """Both heads, one or two processes: a run resumed in the layer-wise warm-up is the same."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    flags = [
+        "--model", "bat_deit_tiny_patch16_224", "--input-size", "32", "--reduction", "evo",
+        "--model-kwargs", "patch_size=8", "embed_dim=32", "depth=4", "num_heads=2",
+        "--reduction-loc", "1", "3", "--keep-rate", "0.5", "--evo-readout", "mean",
+        "--data-path", str(data_path), "--batch-size", "8", "--epochs", "3",
+        "--evo-layerwise-epochs", "2", "--keep-checkpoints", "3", *RUN_FLAGS,
+    ]  # fmt: skip
+
+    def train(folder: Path) -> dict:
+        command = [sys.executable, *launcher, "main.py", *flags, "--resume", "auto"]
+        command += ["--output-dir", str(folder)]
+        subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True)
+        return torch.load(folder / "checkpoint.pth")["model"]
+
+    whole = train(tmp_path / "whole")
+    (tmp_path / "resumed").mkdir()
+    first_epoch = tmp_path / "whole" / "checkpoint.2.pth"
+    shutil.copy(first_epoch, tmp_path / "resumed" / "checkpoint.pth")
+    resumed = train(tmp_path / "resumed")
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+    before = torch.load(first_epoch)["model"]["head_cls.weight"]
+    assert not torch.equal(before, whole["head_cls.weight"])
