@@ -7,7 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import draw_batch, randomise
+from conftest import DESIGN, draw_batch, randomise
 from stage_helpers import run_stage
 from timm.layers import apply_rot_embed_cat
 from timm.models._features import FeatureGetterNet
@@ -52,7 +52,7 @@ def build(family: str, **changes: object) -> nn.Module:
 
 
 def convert(family: str, keep_rate: object = 0.5, **changes: object) -> ReducingTransformer:
-    return make_reducing(build(family, **changes), keep_rate)
+    return make_reducing(build(family, **changes), keep_rate, **DESIGN)
 
 
 # What timm's models can -------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def saved(model: nn.Module, family: str) -> nn.Module:
     other = build(family)
     nn.init.zeros_(other.patch_embed.proj.weight)
     other.load_state_dict(torch.load(file))
-    return make_reducing(other, (0.8, 0.6, 0.5)).eval()
+    return make_reducing(other, (0.8, 0.6, 0.5), **DESIGN).eval()
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
@@ -379,7 +379,7 @@ def rotate_slowly(rope: Tensor, reduced: ReducedTokens) -> Tensor:
 @torch.no_grad()
 def test_tokens_carry_the_rotation_of_their_heaviest_member(family: str, method: str) -> None:
     # The first stage of EViT fuses one token: as many leave as enter, in another order.
-    model = make_reducing(build(family), (0.95, 0.6, 0.6), reduction=method)
+    model = make_reducing(build(family), (0.95, 0.6, 0.6), reduction=method, **DESIGN)
     ropes, stages = [], {}
     for index, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda _, inputs: ropes.append(inputs[1]))
