@@ -185,7 +185,7 @@ class ReducingBlock:
         if self.stage is None and not waits:
             arguments = (x,) if rope is None else (x, rope)
             mask = {} if bias is None else {"attn_mask": as_mask(bias, x)}
-            return ReducedTokens(super().forward(*arguments, **mask), sizes)
+            return ReducedTokens(super().forward(*arguments, **mask))
         attended = self.attend(x, rope, bias)
         if waits:  # stages of such a method stand between blocks
             row = attended.importance[:, self.num_prefix_tokens :]
@@ -589,9 +589,9 @@ class ReducingTransformer:
         rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x, _, stages, taken = self.run_blocks(x, take)
         assignments = [stage.assignment for stage in stages]
-        maps, prefixes = [], []
+        normalize, maps, prefixes = self.class_readout[0], [], []
         for tokens, num_stages in taken:
-            tokens = self.norm(tokens) if norm else tokens
+            tokens = normalize(tokens) if norm else tokens
             prefixes.append(tokens[:, : self.num_prefix_tokens])
             patches = tokens[:, self.num_prefix_tokens :]
             waits = self.settings.method.waits
@@ -604,9 +604,9 @@ class ReducingTransformer:
             result = {"image_intermediates": maps}
             if return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefixes
-            return result if intermediates_only else result | {"image_features": self.norm(x)}
+            return result if intermediates_only else result | {"image_features": normalize(x)}
         maps = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
-        return maps if intermediates_only else (self.norm(x), maps)
+        return maps if intermediates_only else (normalize(x), maps)
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
