@@ -124,6 +124,8 @@ def merged_settings(stored: Mapping, changes: Mapping) -> dict:
         left = set(REDUCTION_KEYWORDS) - {"reduction", "keep_rate", "importance", "reduction_seed"}
         if had_r == has_r or "tome" not in (before, after):
             left.remove("reduction_loc")
+        if has_r and not had_r:  # a keep rate of 1 would keep all tokens
+            left.add("keep_rate")
         stored = {key: value for key, value in stored.items() if key not in left}
     return stored | dict(changes)
 

@@ -271,8 +271,7 @@ def test_clustering_by_keys_and_over_all_neighbours() -> None:
     assert not torch.equal(tokens, keys)
 
 
-RATE = {"keep_rate": 0.7}
-WHERE = RATE | {"reduction_loc": (1, 2)}
+WHERE = {"keep_rate": 0.7, "reduction_loc": (1, 2)}
 BAT = {"reduction": "bat", "cluster_ratio": 0.4, "keep_rate": 0.7, "reduction_loc": (1, 2)}
 TOME = {"reduction": "tome", "tome_r": 13, "keep_rate": 0.7, "proportional_attention": "on"}
 TOME |= {"reduction_loc": (0, 1, 2)}
@@ -298,12 +297,12 @@ VARIANT = {"reduction": "tome", "keep_rate": 0.7, "reduction_loc": (1, 2), "feat
         (
             BAT,
             {"reduction": "ppt", "tome_r": 5},
-            {"reduction": "ppt", "keep_rate": 0.7, "tome_r": 5, "reduction_loc": (1, 2)},
+            {"reduction": "ppt", "tome_r": 5, "reduction_loc": (1, 2)},
         ),
         (TOME, {"reduction": "bat"}, {"reduction": "bat", "keep_rate": 0.7}),
         (TOME, {"tome_r": 8}, TOME | {"tome_r": 8}),
         (TOME, {"keep_rate": 0.5}, {"reduction": "tome", "keep_rate": 0.5}),
-        (VARIANT, {"tome_r": 5}, {"reduction": "tome", "keep_rate": 0.7, "tome_r": 5}),
+        (VARIANT, {"tome_r": 5}, {"reduction": "tome", "tome_r": 5}),
         (
             {"model_name": "x"} | BAT,
             {"reduction": "none"},
