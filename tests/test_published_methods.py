@@ -292,7 +292,7 @@ VARIANT = {"reduction": "tome", "keep_rate": 0.7, "reduction_loc": (1, 2), "feat
         (
             BAT,
             {"reduction": "tome", "tome_r": 5},
-            {"reduction": "tome", "keep_rate": 0.7, "tome_r": 5},
+            {"reduction": "tome", "tome_r": 5},
         ),
         (
             BAT,
