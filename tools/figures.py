@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+LONG_LABEL = 16  # characters
 WIDTH = 3.5  # inches: half a page, a column
 STYLE = {
     "font.size": 8,
@@ -55,6 +56,16 @@ METHODS = {
 }
 OTHER = ("#666666", "P")
 HOLLOW_MARKERS = "osD^v<>ph*"
+# Settings of a method in a legend.
+SHORT = {
+    "proportional_attention=on": "prop. attention",
+    "proportional_attention=off": "no prop. attention",
+    "cluster_ratio=": "clusters ",
+    "match_ratio=": "matches ",
+    "reduction_loc=": "blocks ",
+    "keep_rate=": "keep rate ",
+    "tome_r=": "r = ",
+}
 
 styled = matplotlib.rc_context(STYLE)  # a decorator: the function draws under the style
 
@@ -64,10 +75,13 @@ def method_style(reduction: str) -> dict:
 
     A method with settings of its own (bat,cluster_ratio=0.25) is hollow, with another marker.
     """
-    method, comma, _ = reduction.partition(",")
+    method, comma, settings = reduction.partition(",")
     label, colour, marker = METHODS.get(method, (method, *OTHER))
-    style = {"label": reduction if comma else label, "color": colour, "marker": marker}
+    style = {"label": label, "color": colour, "marker": marker}
     if comma:
+        for name, short in SHORT.items():
+            settings = settings.replace(name, short)
+        style["label"] = f"{label.partition(',')[0]}: {settings.replace(',', ', ')}"
         number = sum(map(ord, reduction)) % len(HOLLOW_MARKERS)
         style |= {"markerfacecolor": "white", "marker": HOLLOW_MARKERS[number]}
     return style
@@ -79,9 +93,13 @@ def new_figure(height: float) -> Figure:
 
 
 def below_figure(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=4, title=title, columnspacing=1.2
-    )
+    """Puts a legend below the axes; of long labels one in a row, for which the figure grows."""
+    is_long = max(len(handle.get_label()) for handle in handles) > LONG_LABEL
+    if is_long:
+        figure.set_figheight(figure.get_figheight() + 0.14 * len(handles))
+    ncols = 1 if is_long else 4
+    place = {"loc": "outside lower center", "columnspacing": 1.2}
+    figure.legend(handles=handles, ncols=ncols, title=title, **place)
 
 
 @styled
