@@ -40,7 +40,7 @@ def compile_counted(function: Callable, backend: str) -> tuple[Callable, Compile
 @pytest.mark.parametrize("method", REDUCTIONS)
 def test_one_graph_for_all_batch_sizes(method: str) -> None:
     model = build_tiny(
-        reduction=method, depth=1, reduction_loc=(0,), keep_rate=0.3, drop_path_rate=0.3
+        reduction=method, depth=2, reduction_loc=(1,), keep_rate=0.3, drop_path_rate=0.3
     ).train()
     compiled, counter = compile_counted(model.forward_with_assignments, "eager")
     for batch_size in BATCH_SIZES:

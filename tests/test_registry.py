@@ -20,9 +20,9 @@ SMALL = {
 }  # fmt: skip
 # What cannot reduce, with the reason: differential attention is a difference of two matrices.
 REFUSED = {
-    "vit_dlittle_patch16_reg1_gap_256": "block 1 has a DiffAttention, whose importance is not",
-    "vit_dwee_patch16_reg1_gap_256": "block 1 has a DiffAttention, whose importance is not",
-    "vit_dpwee_patch16_reg1_gap_256": "block 1 is a DiffParallelScalingBlock, which cannot",
+    "vit_dlittle_patch16_reg1_gap_256": "block 0 has a DiffAttention, whose importance is not",
+    "vit_dwee_patch16_reg1_gap_256": "block 0 has a DiffAttention, whose importance is not",
+    "vit_dpwee_patch16_reg1_gap_256": "block 0 is a DiffParallelScalingBlock, which cannot",
 }
 
 
