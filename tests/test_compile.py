@@ -40,8 +40,9 @@ def compile_counted(function: Callable, backend: str) -> tuple[Callable, Compile
 @pytest.mark.parametrize("method", REDUCTIONS)
 def test_one_graph_for_all_batch_sizes(method: str) -> None:
     model = build_tiny(
-        reduction=method, depth=2, reduction_loc=(1,), keep_rate=0.3, drop_path_rate=0.3
-    ).train()
+        reduction=method, depth=3, reduction_loc=(1,), keep_rate=0.3, drop_path_rate=0.3,
+        proportional_attention="auto",
+    ).train()  # fmt: skip
     compiled, counter = compile_counted(model.forward_with_assignments, "eager")
     for batch_size in BATCH_SIZES:
         images = draw_images(batch_size)
