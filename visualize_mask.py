@@ -415,7 +415,8 @@ def run(args: Namespace) -> int:
         save(figure, f"{number:03d}_{Path(source.name).stem}.png")
     if pictures:
         blocks = ", ".join(str(stage.block) for stage in loaded.model.stages())
-        panels = f"  |  panels: original, after blocks {blocks} (from 0)" if blocks else ""
+        place = "before" if loaded.model.settings.method.waits else "after"
+        panels = f"  |  panels: original, {place} blocks {blocks} (from 0)" if blocks else ""
         save(draw_contact_sheet(pictures, loaded.description + panels), "contact_sheet.png")
     num_bad = len(sources) - len(pictures)
     if num_bad:

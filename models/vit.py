@@ -342,11 +342,14 @@ class ReducingTransformer:
     def set_reduction(self, reduction: str, **changes: object) -> None:
         """Changes the method, a name in REDUCTIONS, and other settings of `ReductionSettings`.
 
-        The others stay, but those that only the method of before takes.
+        The others stay, but those that only the method of before takes, and proportional attention
+        that was switched on for it: EViT's sum, for one, collapses under it.
         """
         settings = vars(self.settings)
         if reduction != self.reduction:
             settings = settings | {"tome_r": None, "evo_readout": "class"}
+            if settings["proportional_attention"] == "on":
+                settings["proportional_attention"] = "auto"
         where = {"reduction_loc": self.reduction_loc, "check": False}
         settings = settings | {"reduction": reduction} | changes
         make_reducing(self, self.keep_rates, **where, **settings)

@@ -22,7 +22,8 @@ many=$on,cluster_ratio=0.8,match_ratio=0.1 # clusters
 few=$on,cluster_ratio=0                    # and none
 
 if [ "$STEP" != report ]; then
-    sweep search "${SEARCH:-1/2}" none evit "evit,$on" \
+    sweep search "${SEARCH:-1/2}" none random topk evit "evit,$on" tome "tome,$off" dpcknn \
+        "dpcknn,$off" ppt \
         $(vary "$base" merge_weights importance mean size) \
         "bat,$off,cluster_ratio=0.4,match_ratio=0.1" \
         "bat,$off,cluster_ratio=0.4,match_ratio=0.1,merge_weights=mean" \
@@ -33,8 +34,13 @@ if [ "$STEP" != report ]; then
         $(vary "$on,cluster_ratio=0.4,match_ratio=0.5" merge_weights mean size) \
         $(vary "$many" merge_weights mean size) $(vary "$many" features keys) \
         $(vary "$many" density_neighbors 0) $(vary "$on,cluster_ratio=0.8" match_ratio 0) \
-        $(vary "$few" match_ratio 0.3 0.5 0.75 1) \
+        $(vary "$on,cluster_ratio=0.6,match_ratio=0.1" merge_weights mean) \
+        "bat,$on,cluster_ratio=0.6,match_ratio=0.1,merge_weights=mean,features=keys" \
+        "bat,$on,cluster_ratio=0.4,match_ratio=0.5,features=keys" \
+        "bat,$on,cluster_ratio=0.25,match_ratio=0.3" "bat,$on,cluster_ratio=0.1,match_ratio=0.75" \
+        $(vary "$few" match_ratio 0.3 0.5 0.6 0.67 0.75 1) \
         $(vary "$few,match_ratio=0.5" merge_weights mean size) \
+        $(vary "$few,match_ratio=0.75" merge_weights mean) \
         $(vary "$few,match_ratio=0.5" features keys) "bat,$off,cluster_ratio=0,match_ratio=0.5"
 fi
 if [ "$STEP" != search ]; then # bat, tome and dpcknn alone: main.py's defaults

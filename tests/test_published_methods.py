@@ -202,6 +202,19 @@ def test_proportional_attention_of_a_whole_model(method: str) -> None:
     assert not torch.allclose(logits, make_reducing(model, proportional_attention="off")(IMAGES))
 
 
+def test_another_method_does_not_inherit_proportional_attention() -> None:
+    model = build_tiny(proportional_attention="on")
+    model.set_reduction("evit")
+    assert not model.settings.is_proportional
+    model.set_reduction("bat")
+    assert model.settings.is_proportional
+    model.set_reduction("evit", proportional_attention="on")
+    assert model.settings.is_proportional
+    off = build_tiny(proportional_attention="off")
+    off.set_reduction("ppt")
+    assert not off.settings.is_proportional
+
+
 def test_auto_is_the_methods_own() -> None:
     own = {name for name in REDUCTIONS if ReductionSettings(name).is_proportional}
     assert own == {"bat", "tome", "dpcknn", "ppt"}
