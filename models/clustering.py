@@ -4,7 +4,8 @@ Letters as in `models/reduction.py`. Everything is computed in float32 whatever 
 with shapes that never depend on the data; equal values are ordered by index. Imports torch only.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 MAX_COSINE = 1 - 1e-6  # exact duplicates tie here instead of being ranked by rounding
 SMALL_PRODUCT = 16  # rows up to which `inner_products` avoids the matrix product
+# Of a matrix of tokens by tokens this many elements are in memory at a time (all of it at 224
+# pixels), but as many rows at least, since more blocks make larger graphs.
+BLOCK_ELEMENTS, BLOCK_ROWS = 2**17, 128
 
 
 @contextmanager
@@ -131,26 +135,59 @@ def attention_received(
     return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
-def squared_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances divided by the channel count, from one Gram matrix.
+def in_blocks(function: Callable[[slice], Tensor], num_rows: int, num_columns: int) -> Tensor:
+    """A function of the rows of a large matrix, called with some of them at a time.
 
-    Centring first keeps the products small; the squared norms come from the Gram matrix's own
-    diagonal, so bit-identical tokens, and a token and itself, are exactly 0 apart.
+    All blocks are equally long, the last one by beginning early: products of one shape round equal
+    tokens equally.
 
     Args:
-        x: (B, M, D) tokens.
+        function: rows -> (B, rows, *).
+        num_rows: rows of the matrix, at least 1.
+        num_columns: its columns.
 
     Returns:
-        (B, M, M) float32 squared distances / D, >= 0, with a zero diagonal.
+        (B, num_rows, *) the results in order.
     """
-    x = x.float()
-    centred = x - x.mean(dim=1, keepdim=True)
-    gram = inner_products(centred, centred)  # (B, M, M)
-    token = torch.arange(x.shape[1], device=x.device)
-    norms = gram[:, token, token]  # (B, M)
-    # In place: at these sizes fresh memory costs a CPU more than the arithmetic.
-    squared = (norms.unsqueeze(2) + norms.unsqueeze(1)).sub_(gram, alpha=2)
-    return squared.clamp_(min=0).div_(x.shape[2])
+    most = max(BLOCK_ROWS, BLOCK_ELEMENTS // num_columns)
+    size = math.ceil(num_rows / math.ceil(num_rows / most))
+    parts = []
+    for start in range(0, num_rows, size):
+        first = min(start, num_rows - size)
+        parts.append(function(slice(first, first + size))[:, start - first :])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class SquaredDistances:
+    """Squared Euclidean distances divided by the channel count, by rows of the Gram matrix.
+
+    Centring first keeps the products small; the squared norms come from the Gram matrix's own
+    diagonal, so bit-identical tokens, and a token and itself, are exactly 0 apart. The rows looked
+    at last stay in memory, so that a matrix of one block is computed once.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """Takes tokens x (B, M, D)."""
+        x = x.float()
+        self.centred = x - x.mean(dim=1, keepdim=True)
+        self._rows, self._gram = None, None
+        self.norms = in_blocks(self._diagonal, x.shape[1], x.shape[1])  # (B, M)
+
+    def __call__(self, rows: slice) -> Tensor:
+        """(B, rows, M) float32, >= 0: from some tokens to all of them."""
+        gram, norms = self._products(rows), self.norms
+        # In place: at these sizes fresh memory costs a CPU more than the arithmetic.
+        squared = (norms[:, rows].unsqueeze(2) + norms.unsqueeze(1)).sub_(gram, alpha=2)
+        return squared.clamp_(min=0).div_(self.centred.shape[2])
+
+    def _diagonal(self, rows: slice) -> Tensor:
+        return self._products(rows)[:, :, rows].diagonal(dim1=1, dim2=2).clone()  # (B, rows)
+
+    def _products(self, rows: slice) -> Tensor:
+        if rows != self._rows:
+            self._gram = None  # free it before the next is there
+            self._rows, self._gram = rows, inner_products(self.centred[:, rows], self.centred)
+        return self._gram
 
 
 def density_peaks(x: Tensor, num_clusters: int, k: int = 5) -> Tensor:
@@ -177,19 +214,27 @@ def density_peaks(x: Tensor, num_clusters: int, k: int = 5) -> Tensor:
     num_tokens = x.shape[1]
     if not 1 <= num_clusters <= num_tokens:
         raise ValueError(f"num_clusters must be in 1 .. {num_tokens}, got {num_clusters}")
-    squared = squared_distances(x.detach())  # (B, M, M)
+    squared = SquaredDistances(x.detach())
 
     # Step 1: density from the k nearest neighbours, in logarithms so that it never saturates.
-    nearest = squared  # (B, M, M)
-    if k < num_tokens:
-        nearest = squared.topk(k, dim=-1, largest=False).values  # (B, M, k)
-    log_rho = -nearest.mean(dim=-1)  # (B, M)
+    def density(rows: slice) -> Tensor:  # (B, rows, 2) with the largest distance
+        distances = squared(rows)  # (B, rows, M)
+        nearest = distances
+        if k < num_tokens:
+            nearest = distances.topk(k, dim=-1, largest=False).values  # (B, rows, k)
+        return torch.stack([-nearest.mean(dim=-1), distances.amax(dim=-1)], dim=-1)
+
+    log_rho, farthest = in_blocks(density, num_tokens, num_tokens).unbind(dim=-1)  # (B, M) each
 
     # Step 2: distance to the nearest denser token, denser[b, i, j] = "j is denser than i".
     rank = descending_rank(log_rho)  # (B, M): of equal densities the lower index comes first
-    denser = rank.unsqueeze(1) < rank.unsqueeze(2)  # (B, M, M)
-    delta = torch.where(denser, squared, torch.inf).amin(dim=-1)  # (B, M)
-    delta = torch.where(delta.isinf(), squared.amax(dim=(1, 2)).unsqueeze(1), delta).sqrt()
+
+    def nearest_denser(rows: slice) -> Tensor:
+        denser = rank.unsqueeze(1) < rank[:, rows].unsqueeze(2)  # (B, rows, M)
+        return torch.where(denser, squared(rows), torch.inf).amin(dim=-1)
+
+    delta = in_blocks(nearest_denser, num_tokens, num_tokens)  # (B, M)
+    delta = torch.where(delta.isinf(), farthest.amax(dim=1, keepdim=True), delta).sqrt()
 
     # Step 3: centres, best score first; a stable sort breaks ties by index.
     score = log_rho + delta.log()  # log 0 = -inf
@@ -197,7 +242,11 @@ def density_peaks(x: Tensor, num_clusters: int, k: int = 5) -> Tensor:
     centres = order[:, :num_clusters]  # (B, C)
 
     # Step 4: nearest centre; min returns the first of equals, the one with the higher score.
-    cluster = gather_tokens(squared, centres).min(dim=1).indices  # (B, C, M) -> (B, M)
+    def nearest_centre(rows: slice) -> Tensor:
+        columns = centres.unsqueeze(1).expand(-1, rows.stop - rows.start, -1)  # (B, rows, C)
+        return squared(rows).gather(2, columns).min(dim=-1).indices
+
+    cluster = in_blocks(nearest_centre, num_tokens, num_tokens)  # (B, M)
     own = torch.arange(num_clusters, device=x.device).expand_as(centres)
     return cluster.scatter(1, centres, own)
 
@@ -244,6 +293,26 @@ def match_patches(x: Tensor, num_pairs: int, num_prefix_tokens: int = 1) -> Tens
     return _match(x, num_pairs, first, torch.cat([position[first::2], position[1 - first :: 2]]))
 
 
+def nearest_targets(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The most cosine-similar target of every source, those at `first`, `first` + 2, ... of (B, N).
+
+    Returns:
+        (B, sources) float32 similarity, at most `MAX_COSINE`, and (B, sources) int64 index among
+        the targets; ties: the lower one.
+    """
+    x = x.float()
+    unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    sources, targets = unit[:, first::2], unit[:, 1 - first :: 2]
+
+    def nearest(rows: slice) -> Tensor:
+        similarity = inner_products(sources[:, rows], targets).clamp_(max=MAX_COSINE)
+        best = similarity.max(dim=-1)  # the first of equals
+        return torch.stack([best.values, best.indices.float()], dim=-1)  # exact up to 2^24
+
+    best, mate = in_blocks(nearest, sources.shape[1], targets.shape[1]).unbind(dim=-1)
+    return best, mate.long()
+
+
 def _match(x: Tensor, num_pairs: int, first: int, order: Tensor) -> Tensor:
     """(B, N) groups of `match_pairs`, the sources being `first`, `first` + 2, ...
 
@@ -255,10 +324,7 @@ def _match(x: Tensor, num_pairs: int, first: int, order: Tensor) -> Tensor:
     order = order.expand(batch, -1)  # (B, N)
     stays = torch.ones_like(order, dtype=torch.bool)
     if num_pairs > 0:
-        x = x.detach().float()
-        unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        similarity = inner_products(unit[:, first::2], unit[:, 1 - first :: 2])  # (B, N/2, N/2)
-        best, mate = similarity.clamp(max=MAX_COSINE).max(dim=-1)  # max returns the first of equals
+        best, mate = nearest_targets(x.detach(), first)
         strongest = best.argsort(dim=-1, descending=True, stable=True)[:, :num_pairs]  # (B, P)
         source = 2 * strongest + first  # (B, P) positions among the N tokens
         target = 2 * mate.gather(1, strongest) + 1 - first

@@ -29,6 +29,7 @@ from .clustering import (
     density_peaks,
     descending_rank,
     gather_tokens,
+    in_blocks,
     match_pairs,
     match_patches,
     matmul_float32,
@@ -122,21 +123,23 @@ def _round_half_up(value: float) -> int:
 # Merging -----------------------------------------------------------------------------------------
 
 
-def group_matrix(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
-    """The matrix that sums tokens over groups, each token times its value.
+def group_matrix(values: Tensor, assignment: Tensor, groups: slice) -> Tensor:
+    """Rows of the matrix that sums tokens over groups, each token times its value.
 
     Args:
         values: (B, N) one number per token.
-        assignment: (B, N) int64 group of each token in 0 .. K-1, or -1 for none.
-        num_groups: groups K.
+        assignment: (B, N) int64 group of each token, or -1 for none.
+        groups: which rows.
 
     Returns:
-        (B, K, N) the value of token n in the row of its group, 0 elsewhere.
+        (B, groups, N) the value of token n in the row of its group, 0 elsewhere.
     """
     batch, num_tokens = assignment.shape
-    row = torch.where(assignment < 0, num_groups, assignment)  # dropped tokens: an extra row
-    matrix = values.new_zeros(batch, num_groups + 1, num_tokens)
-    return matrix.scatter_(1, row.unsqueeze(1), values.unsqueeze(1))[:, :num_groups]
+    size = groups.stop - groups.start
+    is_other = (assignment < groups.start) | (assignment >= groups.stop)
+    row = torch.where(is_other, size, assignment - groups.start)  # the others: an extra row
+    matrix = values.new_zeros(batch, size + 1, num_tokens)
+    return matrix.scatter_(1, row.unsqueeze(1), values.unsqueeze(1))[:, :size]
 
 
 def group_sums(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
@@ -150,7 +153,11 @@ def group_sums(values: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
     Returns:
         (B, K) the sums; 0 for an empty group.
     """
-    return group_matrix(values, assignment, num_groups).sum(dim=-1)
+
+    def sums(groups: slice) -> Tensor:
+        return group_matrix(values, assignment, groups).sum(dim=-1)
+
+    return in_blocks(sums, num_groups, values.shape[1])
 
 
 def merge_tokens(
@@ -158,9 +165,9 @@ def merge_tokens(
 ) -> Tensor:
     """Turns every group into one token: the weighted mean (or sum) of its members.
 
-    One matrix product with W (B, K, N) instead of a scatter: deterministic on every device. A token
-    alone in its group passes through bit for bit; dropped tokens contribute nothing. Gradients flow
-    through x and the weights.
+    A matrix product with rows of W (B, K, N) instead of a scatter: deterministic on every device. A
+    token alone in its group passes through bit for bit; dropped tokens contribute nothing.
+    Gradients flow through x and the weights.
 
     Args:
         x: (B, N, D) tokens.
@@ -176,14 +183,17 @@ def merge_tokens(
     num_members = group_sums(torch.ones_like(weights), assignment, num_groups)  # (B, K)
     if normalize:
         weights = group_shares(weights, assignment, num_members)
-    matrix = group_matrix(weights, assignment, num_groups)  # (B, K, N)
-    merged = matmul_float32(matrix, x).to(x.dtype)  # (B, K, D)
-
     last = _last_members(assignment, num_groups)
-    lone = gather_tokens(x, last)  # (B, K, D) used only where the group has no other member
-    if not normalize:
-        lone = (lone * weights.gather(1, last).unsqueeze(-1)).to(x.dtype)
-    return torch.where((num_members == 1).unsqueeze(-1), lone, merged)
+
+    def merge(groups: slice) -> Tensor:
+        matrix = group_matrix(weights, assignment, groups)  # (B, groups, N)
+        merged = matmul_float32(matrix, x).to(x.dtype)  # (B, groups, D)
+        lone = gather_tokens(x, last[:, groups])  # used only where the group has no other member
+        if not normalize:
+            lone = (lone * weights.gather(1, last[:, groups]).unsqueeze(-1)).to(x.dtype)
+        return torch.where((num_members[:, groups] == 1).unsqueeze(-1), lone, merged)
+
+    return in_blocks(merge, num_groups, x.shape[1])  # (B, K, D)
 
 
 def group_shares(weights: Tensor, assignment: Tensor, num_members: Tensor) -> Tensor:
@@ -200,11 +210,15 @@ def group_shares(weights: Tensor, assignment: Tensor, num_members: Tensor) -> Te
 def heaviest_members(assignment: Tensor, weights: Tensor, num_groups: int) -> Tensor:
     """(B, K) index of the member of each group with the greatest weight; ties: the lower index.
 
-    Takes assignments and weights (B, N); no weight is negative.
+    Takes assignments and weights (B, N); every group has a member.
     """
-    group = torch.arange(num_groups, device=assignment.device)
-    is_member = assignment.unsqueeze(1) == group.view(1, -1, 1)  # (B, K, N)
-    return torch.where(is_member, weights.unsqueeze(1), -1.0).max(dim=-1).indices
+    order = weights.argsort(dim=-1, descending=True, stable=True)  # (B, N)
+    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    group = assignment.gather(1, order)
+    slots = torch.where(group < 0, num_groups, group)  # dropped tokens: an extra slot
+    first = torch.zeros_like(order[:, :1]).expand(-1, num_groups + 1)
+    first = first.scatter_reduce(1, slots, position, "amin", include_self=False)
+    return order.gather(1, first[:, :num_groups])
 
 
 def _last_members(assignment: Tensor, num_groups: int) -> Tensor:
@@ -377,14 +391,14 @@ def assign_bat(stage: Stage, budget: TokenBudget) -> Tensor:
         order.
     """
     order = stage.importance.argsort(dim=-1, descending=True, stable=True)  # (B, N)
-    ordered = gather_tokens(stage.features, order)  # (B, N, *)
-    groups = match_pairs(ordered[:, : budget.attentive], budget.pairs)  # (B, A)
-    inattentive = ordered[:, budget.attentive :]  # (B, M, D)
+    attentive, inattentive = order.split([budget.attentive, budget.inattentive], dim=1)
+    groups = match_pairs(gather_tokens(stage.features, attentive), budget.pairs)  # (B, A)
     if budget.clusters > 0:
-        clusters = density_peaks(inattentive, budget.clusters, stage.neighbors)
+        tokens = gather_tokens(stage.features, inattentive)  # (B, M, *)
+        clusters = density_peaks(tokens, budget.clusters, stage.neighbors)
         clusters = clusters + (budget.kept - budget.clusters)
     else:
-        clusters = torch.full(inattentive.shape[:2], -1, device=groups.device)  # (B, M)
+        clusters = torch.full_like(inattentive, -1)  # (B, M)
     groups = torch.cat([groups, clusters], dim=1)  # (B, N) in importance order
     return torch.empty_like(groups).scatter(1, order, groups)
 

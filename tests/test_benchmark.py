@@ -105,6 +105,16 @@ def test_stage(tmp_path: Path) -> None:
         assert row["stage_mib"] > 0 and row["share_2"] > 0
 
 
+@pytest.mark.parametrize("reduction", ["bat", "bat,cluster_ratio=0.4,match_ratio=0.1", "dpcknn"])
+@pytest.mark.parametrize("rate", ["0.7", "0.3"])
+def test_memory_of_a_stage_grows_no_faster_than_that_of_fused_attention(reduction, rate) -> None:
+    shape = ["--model-kwargs", "depth=1", "--reduction-loc", "0", "--input-size", "224", "512"]
+    flags = [*shape, "--what", "stage", "--batch-size", "4", "--reduction", reduction]
+    args = benchmark.get_args_parser().parse_args([*flags, *RUN_FLAGS, "--keep-rate", rate])
+    small, large = benchmark.measure(args, SETTING)
+    assert large["stage_mib"] / small["stage_mib"] < large["attention_mib"] / small["attention_mib"]
+
+
 def test_stage_alone_does_what_it_does_in_the_model() -> None:
     model = build_models((32, 32))[1]
     images = torch.randn(3, 3, 32, 32)

@@ -15,7 +15,39 @@ from stage_helpers import (
     run_stage,
 )
 
+from models import clustering
 from models.reduction import bat_assignment, density_peaks, match_pairs, merge_tokens, token_budget
+
+# Blocks
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 40, 41, 100])
+def test_blocks_are_equally_long_and_cover_all_rows(num_rows, monkeypatch):
+    monkeypatch.setattr(clustering, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 1)
+    rows, seen = torch.arange(num_rows)[None], []
+    result = clustering.in_blocks(lambda block: seen.append(block) or rows[:, block], num_rows, 9)
+    assert torch.equal(result, rows)
+    assert len(seen) == -(-num_rows // 20)
+    assert len({block.stop - block.start for block in seen}) == 1
+
+
+@pytest.mark.parametrize("kind", ["normal", "duplicates", "equal"])
+@pytest.mark.parametrize("cluster_ratio, match_ratio", [(0.0, 0.5), (0.4, 0.1), (1.0, 0.0)])
+def test_blocks_change_nothing(kind, cluster_ratio, match_ratio, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.stack([draw_tokens(kind, 300, 64, generator) for _ in range(3)])
+    importance = torch.rand(3, 300, generator=generator)
+    for rows in (300, 64, 17):
+        monkeypatch.setattr(clustering, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 1)
+        assignment = bat_assignment(x, importance, 0.5, cluster_ratio, match_ratio)
+        merged = merge_tokens(x, importance, assignment, 150)
+        if rows == 300:
+            expected, tokens = assignment, merged
+        assert torch.equal(assignment, expected)
+        torch.testing.assert_close(merged, tokens, rtol=0, atol=1e-5)
+
 
 # Clusters
 
