@@ -71,7 +71,7 @@ RANGES = {
     (0, 100): "color_jitter",
     (0, 0.999): "drop drop_path smoothing",
     (1e-9, math.inf): "clip_grad distillation_tau dist_timeout",
-    (1e-3, 10**6): "decay_epochs",
+    (1e-3, 10**6): "decay_epochs target_ms",
 }
 
 
@@ -420,6 +420,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--describe", default=False, help="print tokens and GMACs a block and stop")
     group.add_argument("--target-gmacs", type=finite,
         help="find the keep rate for this many GMACs an image; replaces --keep-rate")
+    group.add_argument("--target-ms", type=finite,
+        help="with --describe: measure this machine, and find the largest keep rate whose forward "
+        "pass of --batch-size images takes at most so many milliseconds")
+    group.add_argument("--save-speed", default="", metavar="FILE",
+        help="keep what --target-ms measures there; where the file exists nothing is measured")
 # fmt: on
 
 
@@ -513,10 +518,14 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--cosub and --distillation-type cannot be combined")
     if args.ema and not (args.eval or args.describe or args.finetune):
         parser.error("--ema goes with --eval or --finetune: a resumed run has both weights")
+    if args.target_ms is not None and (not args.describe or args.target_gmacs is not None):
+        parser.error("--target-ms goes with --describe, and not with --target-gmacs")
+    if args.save_speed and args.target_ms is None:
+        parser.error("--save-speed keeps what --target-ms measures: add --target-ms")
     if args.sched == "plateau":
         parser.error("--sched plateau cannot be resumed exactly: choose another scheduler")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes and not args.eval and args.batch_size % 2:
+    if mixes and not (args.eval or args.describe) and args.batch_size % 2:
         parser.error(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
 
 

@@ -8,6 +8,7 @@ One process needs no launcher; several are started with torchrun. Exit codes: 0 
 import argparse
 import copy
 import datetime
+import json
 import math
 import os
 import sys
@@ -69,6 +70,7 @@ from models import (
     describe_reduction,
     find_keep_rate,
 )
+from models.speed import MEASURED_RATES, Setting, fast_enough, measure_keep_rates
 from samplers import EvalSampler, TrainSampler
 from utils import (
     AMP_DTYPES,
@@ -92,6 +94,8 @@ from utils import (
     refusing,
     seed_everything,
     setup_logging,
+    versions,
+    write_atomically,
 )
 
 EXIT_DIVERGED = 3
@@ -262,6 +266,50 @@ def apply_target_gmacs(
     model.set_keep_rate(keep_rate)
     model_args["keep_rate"] = keep_rate
     logger.info(f"--target-gmacs {target_gmacs}: keep rate {keep_rate}")
+
+
+def apply_target_ms(
+    args: argparse.Namespace, model: ReducingTransformer, model_args: dict, device: torch.device
+) -> None:
+    """Sets the largest keep rate that is fast enough on this machine, if that is asked for."""
+    if args.target_ms is None:
+        return
+    with refusing(f"--target-ms {args.target_ms:g}"):
+        milliseconds = find_speed(args, model, model_args, device)
+        model.set_keep_rate(fast_enough(milliseconds, args.target_ms))
+    shown = ", ".join(f"{value:.4g} at {rate:g}" for rate, value in milliseconds.items())
+    logger.info(f"milliseconds a batch of {args.batch_size}, by keep rate: {shown}")
+    logger.info(f"--target-ms {args.target_ms:g}: keep rate {model.keep_rates[0]:g}")
+
+
+def find_speed(
+    args: argparse.Namespace, model: ReducingTransformer, model_args: dict, device: torch.device
+) -> dict[float, float]:
+    """Milliseconds of a forward pass by keep rate: from --save-speed's file, or measured now."""
+    amp, machine = find_amp(args.amp, device), versions()
+    what = {
+        **{name: str(value) for name, value in (model_args | model.reduction_settings()).items()},
+        **{name: machine[name] for name in ("torch", "processor", "gpu", "threads")},
+        **{"batch_size": args.batch_size, "device": str(device)},
+        **{"amp": amp, "compile": args.compile, "keep_rate": list(MEASURED_RATES)},
+    }
+    path = Path(os.path.expanduser(args.save_speed))
+    if args.save_speed and path.exists():
+        stored = json.loads(path.read_text())
+        for name in what:
+            if stored.get("of", {}).get(name) != what[name]:
+                raise InputError(f"--save-speed: {path} was measured with another {name}")
+        return {float(rate): value for rate, value in stored["milliseconds"].items()}
+    if args.save_speed:
+        check_writable(path.parent)
+    logger.info(f"measuring on {machine['processor'] if device.type == 'cpu' else machine['gpu']}")
+    setting = Setting(device, AMP_DTYPES[amp], "default" if args.compile else None)
+    images = torch.randn(args.batch_size, 3, *model.patch_embed.img_size).to(device)
+    milliseconds = measure_keep_rates(model.eval().to(device), images, setting)
+    if args.save_speed:
+        content = json.dumps({"of": what, "milliseconds": milliseconds}, indent=1)
+        write_atomically(path, lambda file: file.write(content.encode()))
+    return milliseconds
 
 
 def build_state(
@@ -592,6 +640,7 @@ def run(args: argparse.Namespace) -> None:
     if args.describe:
         model = build_model(model_args | {"pretrained": False})
         apply_target_gmacs(args.target_gmacs, model, model_args)
+        apply_target_ms(args, model, model_args, device)
         logger.info(describe(model))
         return
     logger.info(f"device: {device}, autocast: {find_amp(args.amp, device)}")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -436,6 +437,8 @@ def git_hash() -> str:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on, and the device."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -444,6 +447,7 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "machine": platform.machine(),
+        "processor": names[0] if names else platform.processor(),
         "gpu": gpu,
         "threads": str(torch.get_num_threads()),
     }

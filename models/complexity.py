@@ -120,6 +120,14 @@ def _join(values: Sequence[float]) -> str:
     return " ".join(f"{value:g}" for value in values) or "none"
 
 
+def check_adjustable(model: ReducingTransformer) -> None:
+    """Raises ValueError where no keep rate changes what the model costs."""
+    if model.settings.tome_r is not None:
+        raise ValueError("tome_r fixes the cost: a target needs a keep rate")
+    if not model.reduction_loc or not model.settings.method.reduces:
+        raise ValueError("a target needs a model that reduces tokens")
+
+
 def find_keep_rate(model: ReducingTransformer, target_gmacs: float) -> float:
     """The largest keep rate, to three decimals and equal in all stages, within a budget.
 
@@ -136,10 +144,7 @@ def find_keep_rate(model: ReducingTransformer, target_gmacs: float) -> float:
     Raises:
         ValueError: even the smallest keep rate needs more, or the model has no stage.
     """
-    if model.settings.tome_r is not None:
-        raise ValueError("tome_r fixes the cost: target GMACs need a keep rate")
-    if not model.reduction_loc or not model.settings.method.reduces:
-        raise ValueError("target GMACs need a model that reduces tokens")
+    check_adjustable(model)
     model = copy.deepcopy(model).to("meta")
 
     def gmacs_at(thousandths: int) -> float:

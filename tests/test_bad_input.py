@@ -102,6 +102,8 @@ def test_the_base_flags_are_good(
         (["--batch-size", "15", "--mixup", "0.5"], ["--batch-size", "even", "15"]),
         (["--nb-classes", "7"], ["7 classes", "4"]),
         (["--target-gmacs", "1e-9"], ["target_gmacs 1e-09", "smallest keep rate"]),
+        (["--target-ms", "40"], ["--target-ms", "--describe"]),
+        (["--save-speed", "speed.json"], ["--save-speed", "add --target-ms"]),
         (["--device", "toaster"], ["toaster"]),
         (["--device", "mps"], ["mps"]),
         (["--device", "meta"], ["unknown device 'meta'"]),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tool_helpers import refusal
 
+from models import speed
+from models.speed import Setting
 from models.vit import ReducingTransformer
 from tools import benchmark, timing
-from tools.timing import Setting
 
 MODEL_FLAGS = ["--model-kwargs", "patch_size=8", "embed_dim=24", "depth=3", "num_heads=2"]
 MODEL_FLAGS += ["--reduction-loc", "1", "2", "--input-size", "32", "--base-keep-rate", "0.7", "0.3"]
@@ -64,7 +65,8 @@ def test_model_rows(model_report: dict) -> None:
     assert [row["tokens"] for row in rows[:4]] == ["16", "16>12>9", "16>12>9", "16>5>2"]
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in rows)
     assert rows[0]["memory_mib"] < rows[5]["memory_mib"]
-    assert (rows[0]["speedup"], rows[0]["limit"], rows[0]["of_limit"]) == (1, 1, 1)
+    dense = [rows[0][name] for name in ("speedup", "limit", "of_limit", "limit_2", "of_limit_2")]
+    assert dense == [1, 1, 1, 1, 1]
     assert rows[0]["vs_topk"] is None
 
 
@@ -79,8 +81,21 @@ def test_model_columns_follow_from_the_timings(model_report: dict) -> None:
         assert row["speedup"] == median_ratio(seconds[row["batch"], "dense", 1.0], own)
         assert row["of_limit"] == pytest.approx(row["speedup"] / row["limit"], rel=1e-3)
         assert row["limit"] == pytest.approx(dense_gmacs / row["gmacs"], rel=0.05)
+        assert 0 < row["read_ms"] and min(1, row["limit"]) <= row["limit_2"] <= row["limit"]
+        assert row["of_limit_2"] == pytest.approx(row["speedup"] / row["limit_2"], rel=1e-3)
         if row["reduction"] != "dense":
             assert row["vs_topk"] == median_ratio(seconds[row["batch"], "topk", row["keep"]], own)
+
+
+def test_operations(tmp_path: Path) -> None:
+    content = run(tmp_path, "--what", "operation", "--batch-size", "2", "--reduction", "bat")
+    for reduction, keep in (("dense", 1), ("bat", 0.7), ("bat", 0.3)):
+        rows = [r for r in content["rows"] if (r["reduction"], r["keep"]) == (reduction, keep)]
+        times = [row["ms"] for row in rows]
+        assert len(rows) == 10 and times == sorted(times, reverse=True)
+        assert 0.5 < sum(row["share"] for row in rows) <= 1
+        products = next(row for row in rows if row["operation"] == "aten::addmm")
+        assert products["calls"] == 3 * 4 + 1
 
 
 def test_train(tmp_path: Path) -> None:
@@ -132,10 +147,12 @@ def test_stage_alone_does_what_it_does_in_the_model() -> None:
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     runs = [lambda name=name: order.append(name) for name in "abc"]
-    setting = SETTING._replace(warmup=1, repetitions=2)
-    times = timing.time_rounds(runs, setting, calls=2)
-    assert "".join(order) == "aabbcc" + "bbccaa" + "ccaabb"
-    assert times.shape == (3, 2)
+    setting = SETTING._replace(warmup=1, repetitions=4)
+    times = speed.time_rounds(runs, setting, calls=2)
+    rounds = ["".join(order)[6 * turn : 6 * turn + 6] for turn in range(5)]
+    assert all(sorted(each[::2]) == list("abc") and each[::2] == each[1::2] for each in rounds)
+    assert len(set(rounds)) > 1
+    assert times.shape == (3, 4)
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
@@ -153,7 +170,7 @@ def test_functions_of_one_class_are_compiled_apart(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     setting = SETTING._replace(compile_mode="default")
     layers = [torch.nn.Linear(2, size) for size in range(1, 11)]  # more than the limit of 8
-    forwards = [timing.compiled(layer, setting) for layer in layers]
+    forwards = [speed.compiled(layer, setting) for layer in layers]
     x = torch.ones(1, 2)
     for layer, forward in zip(layers, forwards, strict=True):
         torch.testing.assert_close(forward(x), layer(x))
@@ -184,7 +201,7 @@ def test_dense_model_is_timms_with_fused_attention() -> None:
         (["--model-kwargs", "keep_rate=0.5"], "keep_rate: use --keep-rate"),
         (["--model-kwargs", "no_such=1"], "cannot build"),
         (["--reduction-loc", "99"], "reduction_loc"),
-        (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
+        (["--compile", "reduce-overhead"], "--compile reduce-overhead needs a GPU"),
         (["--what", "stage", "--reduction-loc"], "needs a reducing block"),
     ],
 )

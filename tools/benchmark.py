@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from arguments import (
     ArgumentParser,
     add_model_arguments,
-    add_switch,
     at_least,
     model_arguments,
     random_seed,
@@ -29,9 +28,10 @@ from arguments import (
 from checkpoints import build_model
 from models import REDUCTIONS, ReducingTransformer, count_gmacs
 from models.reduction import ReducedTokens, get_reduction
+from models.speed import Call, Setting, compiled, inference, time_rounds
 from models.vit import Attended, ReducingBlock, find_importance, project
 from tools import timing
-from tools.timing import Call, Setting, inference, median_ratio, peak_mebibytes, resident_bytes
+from tools.timing import median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, check_writable, init_process, run_script
 
 HELP = """Measures inference, training steps or the reduction stages of models with random weights,
@@ -106,6 +106,8 @@ MODEL_PROTOCOL = [
     "memory_mib: weights and the largest sum of tensors alive in one forward pass, at this batch",
     "speedup: median over the rounds of dense time / own time; dense is timm's, fused attention",
     "limit: dense gmacs / own gmacs; of_limit: speedup / limit",
+    "limit_2: dense time / (read_ms + the rest of the dense time, shrunk by the limit), where "
+    "read_ms is the time of reading all weights once, which no token saves; of_limit_2: likewise",
     "vs_topk: median over the rounds of the time of topk at this keep rate / own time",
 ]
 
@@ -118,11 +120,13 @@ def measure_models(
     position = {(c.reduction, c.keep_rate): index for index, c in enumerate(candidates)}
     for images in batches:
         runs = [inference(c.model, setting, images) for c in candidates]
-        times = timing.time_rounds(runs, setting)
+        reading = partial(read_weights, candidates[0].model)
+        *times, read = time_rounds([*runs, reading], setting).numpy()
         for run, own, candidate, latency in zip(runs, times, candidates, latencies, strict=True):
             memory = peak_mebibytes(run, setting, resident=resident_bytes(candidate.model))
             speedup = median_ratio(times[0], own)
             limit = candidates[0].gmacs / candidate.gmacs
+            limit_2 = median_ratio(times[0], read + (times[0] - read) / limit)
             topk = position.get(("topk", candidate.keep_rate))
             yield candidate.name_line(images) | {
                 "gmacs": candidate.gmacs,
@@ -132,9 +136,18 @@ def measure_models(
                 "speedup": speedup,
                 "limit": limit,
                 "of_limit": speedup / limit,
+                "read_ms": 1e3 * np.median(read),
+                "limit_2": limit_2,
+                "of_limit_2": speedup / limit_2,
                 "vs_topk": np.nan if topk is None else median_ratio(times[topk], own),
                 "seconds": own.tolist(),
             }
+
+
+@torch.inference_mode()
+def read_weights(model: nn.Module) -> Tensor:
+    """Reads every weight of a model once, and computes next to nothing: their sum."""
+    return torch.stack([weight.sum() for weight in model.parameters()])
 
 
 def _latencies(candidates: Sequence[Candidate], image: Tensor, setting: Setting) -> list[dict]:
@@ -142,7 +155,7 @@ def _latencies(candidates: Sequence[Candidate], image: Tensor, setting: Setting)
     if setting.latency_repetitions == 0:
         return [{} for _ in candidates]
     runs = [inference(c.model, setting, image) for c in candidates]
-    times = timing.time_rounds(runs, setting, repetitions=setting.latency_repetitions)
+    times = time_rounds(runs, setting, repetitions=setting.latency_repetitions).numpy()
     middle, late = np.percentile(1e3 * times, (50, 95), axis=1)
     return [{"p50_ms": p50, "p95_ms": p95} for p50, p95 in zip(middle, late, strict=True)]
 
@@ -167,7 +180,7 @@ def measure_training(
         optimizers = [torch.optim.AdamW(c.model.train().parameters()) for c in candidates]
         models = [(c.model, optimizer) for c, optimizer in zip(candidates, optimizers, strict=True)]
         runs = [training_step(*pair, images, setting) for pair in models]
-        times = timing.time_rounds(runs, setting)
+        times = time_rounds(runs, setting).numpy()
         memory = [
             peak_mebibytes(run, setting, resident=resident_bytes(*pair))
             for run, pair in zip(runs, models, strict=True)
@@ -190,7 +203,7 @@ def training_step(
     """A call that trains the model for one step on images (B, 3, height, width)."""
     targets = torch.arange(len(images), device=images.device) % model.num_classes
     scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.dtype == torch.float16)
-    forward = timing.compiled(model, setting)
+    forward = compiled(model, setting)
 
     def step() -> None:
         with setting.autocast():
@@ -266,7 +279,7 @@ def measure_stages(
             runs = [inference(model, setting, images)]
             for index, given in zip(model.reduction_loc, inputs, strict=True):
                 runs.append(inference(partial(run_stage, model.blocks[index]), setting, given))
-            forward, *alone = timing.time_rounds(runs, setting, calls=calls)
+            forward, *alone = time_rounds(runs, setting, calls=calls).numpy()
             together = np.sum(alone, axis=0)
             eager = setting._replace(compile_mode=None)
             stage = inference(partial(run_stage, first), eager, inputs[0])
@@ -284,12 +297,40 @@ def measure_stages(
             }
 
 
+# Operations -------------------------------------------------------------------------------------
+
+PROFILED_CALLS = 10
+MOST_OPERATIONS = 10  # of a candidate
+OPERATIONS_PROTOCOL = [
+    f"the {MOST_OPERATIONS} operations (on a GPU: kernels) that take most of a forward pass; ms: "
+    f"without what they call, mean of {PROFILED_CALLS} forward passes under PyTorch's profiler",
+    "share: of the time of all operations; calls: of the operation in one forward pass",
+]
+
+
+def measure_operations(
+    candidates: Sequence[Candidate], batches: Sequence[Tensor], setting: Setting
+) -> Iterator[dict]:
+    """Where the time of inference goes: a line per batch, candidate and operation."""
+    for images in batches:
+        for candidate in candidates:
+            run = inference(candidate.model, setting, images)
+            for _ in range(setting.warmup):
+                run()
+            own_times = timing.operations(run, setting, calls=PROFILED_CALLS)
+            total = sum(seconds for _, seconds in own_times.values())
+            for name, (calls, seconds) in list(own_times.items())[:MOST_OPERATIONS]:
+                shares = {"ms": 1e3 * seconds, "share": seconds / total, "calls": calls}
+                yield candidate.name_line(images) | {"operation": name} | shares
+
+
 # Command line -----------------------------------------------------------------------------------
 
 MEASURES = {
     "model": (measure_models, MODEL_PROTOCOL),
     "train": (measure_training, TRAIN_PROTOCOL),
     "stage": (measure_stages, STAGE_PROTOCOL),
+    "operation": (measure_operations, OPERATIONS_PROTOCOL),
 }
 
 
@@ -307,7 +348,8 @@ def get_args_parser() -> ArgumentParser:
         prog="python -m tools.benchmark", description=HELP, conflict_handler="resolve"
     )
     parser.add_argument("--what", choices=tuple(MEASURES), default="model",
-        help="inference, training step, or share of the reduction stages")
+        help="inference, training step, share of the reduction stages, or the operations that "
+        "inference spends its time on")
     add_model_arguments(parser)  # of these, the next ones are replaced
     parser.add_argument("--ema", action="store_true", help=SUPPRESS)
     add = parser.add_argument_group("what to compare; every combination is a line").add_argument
@@ -319,13 +361,14 @@ def get_args_parser() -> ArgumentParser:
         help="image sizes, SIDE or HEIGHTxWIDTH in pixels; default: 224")
     add("--batch-size", type=at_least(1), nargs="+", default=[16], help="images at a time")
     add("--nb-classes", type=at_least(1), help="classes of all models; default: 1000")
-    group = parser.add_argument_group("how to run")
-    add = group.add_argument
+    add = parser.add_argument_group("how to run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=tuple(DTYPES), default="float32",
         help="float32 (TF32 off), or autocast to bf16 or fp16 (the weights stay float32)")
-    add_switch(group, "--compile", default=False, help="torch.compile, one graph a shape")
-    add_switch(group, "--cuda-graphs", default=False, help="--compile as 'reduce-overhead'")
+    add("--compile", nargs="?", const="default", metavar="MODE",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        help="torch.compile, one graph a shape; MODE: default, reduce-overhead (CUDA graphs), "
+        "max-autotune")
     add("--threads", type=at_least(1), help="of PyTorch on the CPU")
     add("--repetitions", type=at_least(FEWEST_REPETITIONS), default=20,
         help=f"timed rounds, at least {FEWEST_REPETITIONS}")
@@ -341,8 +384,8 @@ def get_args_parser() -> ArgumentParser:
 def make_setting(args: Namespace) -> Setting:
     """The device and the settings that the flags name; InputError when they do not go together."""
     device = init_process(args.device)
-    if args.cuda_graphs and device.type != "cuda":
-        raise InputError(f"--cuda-graphs needs a GPU, the device is {device}")
+    if args.compile == "reduce-overhead" and device.type != "cuda":
+        raise InputError(f"--compile reduce-overhead needs a GPU, the device is {device}")
     if args.what == "stage" and args.reduction_loc == []:
         raise InputError("--what stage needs a reducing block in --reduction-loc")
     if args.what == "stage" and any(
@@ -353,10 +396,9 @@ def make_setting(args: Namespace) -> Setting:
         raise InputError("--ema needs a checkpoint, but these weights are random")
     if args.threads:
         torch.set_num_threads(args.threads)
-    mode = "reduce-overhead" if args.cuda_graphs else "default" if args.compile else None
     names = ("repetitions", "warmup", "latency_repetitions", "seed")
     flags = {name: getattr(args, name) for name in names}
-    return Setting(device, DTYPES[args.dtype], mode, **flags)
+    return Setting(device, DTYPES[args.dtype], args.compile, **flags)
 
 
 def measure(args: Namespace, setting: Setting) -> Iterator[dict]:
