@@ -354,7 +354,7 @@ def evaluate(
         header: first words of the progress lines.
         all_ranks: the processes share the data set, so their counts are added up.
         stop_requested: asked after every batch; all processes stop when one says True.
-        correct: gets (B,) bools, right or wrong, a batch at a time.
+        correct: gets (B,) bools on the device, right or wrong, a batch at a time.
 
     Returns:
         acc1 and acc5 in percent, loss (mean cross-entropy), and how many images were evaluated and
@@ -368,6 +368,7 @@ def evaluate(
     # Shares differ by an image, so a process may have one batch more, which it spends alone.
     common = all_reduce([float(len(data_loader))], device, ReduceOp.MIN)[0]
     sums = torch.zeros(5, dtype=torch.float64)  # correct1, correct5, loss, images, bad images
+    unread: list[Tensor] = []  # those of batches, on the device until a progress line shows them
     batches = metrics.log_every(data_loader, print_freq, header=header, total=len(data_loader))
     for index, (images, targets, is_bad) in enumerate(batches):
         if index < common and all_reduce([float(stop_requested())], device)[0]:
@@ -375,14 +376,17 @@ def evaluate(
         images = images.to(device, non_blocking=True)
         with _autocast(device, amp_dtype):
             logits = model(images)
-        scores = score_batch(logits, targets.to(device), is_bad.to(device))
+        targets, is_bad = (part.to(device, non_blocking=True) for part in (targets, is_bad))
+        scores = score_batch(logits, targets, is_bad)
         if correct is not None:
-            correct.append(scores.correct1.cpu())
-        parts = [score.double().sum() for score in scores]
-        batch = torch.stack([*parts, parts[0].new_tensor(len(targets)), is_bad.double().sum()])
-        batch = batch.cpu()
-        metrics.update(loss=batch[2] / batch[3], acc1=100 * batch[0] / batch[3])
-        sums += batch
+            correct.append(scores.correct1)
+        parts = [part.double().sum() for part in (*scores, torch.ones_like(targets), is_bad)]
+        unread.append(torch.stack(parts))
+        if index % print_freq == 0 or index == len(data_loader) - 1:
+            for batch in torch.stack(unread).cpu():
+                metrics.update(loss=batch[2] / batch[3], acc1=100 * batch[0] / batch[3])
+                sums += batch
+            unread.clear()
     totals = all_reduce(sums.tolist(), device) if all_ranks else sums.tolist()
     correct1, correct5, loss, num_images, num_bad = totals
     return {

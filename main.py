@@ -409,7 +409,7 @@ def validate(
             average = copy.deepcopy(average).to(device)
         results["test_ema"] = evaluated(average, header="test_ema:")
     if folder is not None:
-        folder.save_correct(torch.cat(correct) if correct and get_world_size() == 1 else None)
+        folder.save_correct(torch.cat(correct).cpu() if correct and get_world_size() == 1 else None)
     if state.model.keep_rates == final_keep_rates and not state.model.layer_wise:
         improved = results["test"]["acc1"] > state.best.get("test_acc1", -1.0)
         for prefix, result in results.items():
