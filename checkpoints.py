@@ -70,6 +70,7 @@ SCHEDULE_FLAGS = (
     "lr_noise", "lr_noise_pct", "lr_noise_std", "epochs",
 )  # fmt: skip
 PENDING = "checkpoint.pending.pth"  # whole, but not yet in its place
+AGREE_EVERY = 10  # updates between asking rank 0's clock, which waits for the device
 MOST_BLOCKS = 1000
 HUB_INPUTS = ("crop_pct", "mean", "std", "interpolation", "crop_mode")
 MOST_PIXELS = 2**13  # a side
@@ -733,6 +734,8 @@ class CheckpointSchedule:
             return False
         if not self.in_minutes:
             return updates % self.interval == 0
+        if get_world_size() > 1 and updates % AGREE_EVERY:
+            return False
         late = is_main_process() and time.monotonic() - self.last >= 60 * self.interval
         is_due = all_reduce([float(late)], device)[0] > 0
         if is_due:

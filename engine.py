@@ -1,6 +1,7 @@
 """One epoch of training, and evaluation."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from utils import (
     get_rank,
     get_world_size,
     seed_everything,
+    sum_later,
 )
 
 
@@ -32,7 +34,7 @@ class PreemptedError(RuntimeError):
     """The run was asked to stop; its state is at the end of an update, ready to be saved."""
 
 
-def _never() -> bool:
+def _never(*_: object) -> bool:
     return False
 
 
@@ -168,32 +170,42 @@ def train_one_epoch(
     num_steps: int,
     options: TrainOptions,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    after_update: Callable[[TrainState], None] | None = None,
+    checkpoint_due: Callable[[int], bool] = _never,
+    save: Callable[[TrainState], None] | None = None,
     stop_requested: Callable[[], bool] = _never,
 ) -> dict[str, float]:
     """Trains for one epoch, or for the rest of one.
+
+    What an update tells the host (loss, gradient norm, bad images, stop requests) is read when the
+    device has been given the next one, so that it never runs out of work. Nothing is unread when a
+    checkpoint is written, an epoch ends or a `PreemptedError` leaves. With fp16 the gradient scaler
+    waits for the device by itself, unless the optimizer is a fused one.
 
     Args:
         state: what changes; `state.step` batches of the epoch are done already.
         model: the model to call: `state.model` or its DistributedDataParallel wrapper.
         criterion: (images, logits, targets) -> loss.
-        data_loader: (images, targets, is_bad) batches from number `state.step` on.
+        data_loader: (images, targets, is_bad) batches from number `state.step` on; is_bad is on
+            the CPU.
         device: where the model is.
         num_steps: batches of the whole epoch, a multiple of the gradient accumulation steps.
         options: how to run the steps.
         mixup: changes images and targets on the device, e.g. timm's mixup and cutmix; or None.
-        after_update: called after every update, e.g. to write a checkpoint.
-        stop_requested: asked after every batch; all processes stop when one says True.
+        checkpoint_due: number of updates since the start -> whether to save now, asked after every
+            update; all processes say the same.
+        save: called then.
+        stop_requested: asked after every update; all processes stop when one says True.
 
     Returns:
         Means of loss and lr over the epoch and all processes, and the number of bad images.
 
     Raises:
-        DivergenceError: the loss or the gradient norm is not finite.
-        PreemptedError: a stop was requested; the update at hand is done.
+        DivergenceError: the loss or the gradient norm is not finite; one more update may be done.
+        PreemptedError: a stop was requested; the update after it is done, or the epoch.
     """
     model.train(options.training_mode)
     metrics = _new_metrics(state.metrics)
+    unread: deque[tuple[int, Callable[[], list[float]]]] = deque()  # first batch, what to read
     batches = metrics.log_every(
         islice(data_loader, num_steps - state.step),
         options.print_freq,
@@ -204,7 +216,7 @@ def train_one_epoch(
     state.optimizer.zero_grad()
     _shrink(state, options, max(0, state.step - 1), num_steps)  # resumed: as the last step left it
     for _ in range(state.step, num_steps, options.accum_steps):
-        loss_sum, stopping = 0.0, False
+        loss_sum, num_bad = 0.0, 0
         for index, batch in enumerate(islice(batches, options.accum_steps)):
             # Load
             seed_everything(options.seed, get_rank(), state.epoch, state.step + index)
@@ -218,24 +230,19 @@ def train_one_epoch(
                 with _autocast(device, options.amp_dtype):
                     loss = criterion(images, model(images), targets)
                 state.scaler.scale(loss / options.accum_steps).backward()
-            # Agree
-            shared = [loss.item(), float(batch[2].sum()), float(stop_requested())]
-            loss_value, num_bad, num_stops = all_reduce(shared, device)
-            loss_sum += loss_value / get_world_size()
-            _check_finite("loss", loss_sum, state, metrics)
-            metrics.update(bad_images=num_bad)
-            stopping |= num_stops > 0
+            loss_sum = loss_sum + loss.detach().double()
+            num_bad += sum(batch[2].tolist())
         # Update
-        _update(state, metrics, options.clip_grad)
+        norm = _update(state, options.clip_grad)
+        mean_loss = loss_sum / (options.accum_steps * get_world_size())
+        counts = (mean_loss.new_full((), float(count)) for count in (num_bad, stop_requested()))
+        unread.append((state.step, sum_later(torch.stack([mean_loss, norm.double(), *counts]))))
         state.step += options.accum_steps
-        # Log
-        metrics.update(loss=loss_sum / options.accum_steps)
-        metrics.update(lr=state.optimizer.param_groups[0]["lr"])
-        state.metrics = metrics.state_dict()
-        if stopping:
-            raise PreemptedError(f"epoch {state.epoch}, step {state.step}")
-        if after_update is not None:
-            after_update(state)
+        # Log and save
+        is_due = checkpoint_due(state.updates)
+        _read(unread, 0 if is_due or state.step == num_steps else 1, state, metrics)
+        if is_due:
+            save(state)
     next(batches, None)  # the last progress line
     means = {name: metrics.meters[name].global_avg for name in ("loss", "lr")}
     return means | {"bad_images": metrics.meters["bad_images"].total}
@@ -257,32 +264,47 @@ def _new_metrics(saved: dict) -> MetricLogger:
     return metrics
 
 
-def _check_finite(name: str, value: float, state: TrainState, metrics: MetricLogger) -> None:
-    """Raises DivergenceError unless a number that all processes share is finite: all stop."""
-    if not math.isfinite(value):
-        history = ", ".join(f"{past:.4g}" for past in metrics.meters["loss"].deque) or "none"
-        raise DivergenceError(
-            f"the {name} is {value} in epoch {state.epoch}, step {state.step}, at learning rate "
-            f"{state.optimizer.param_groups[0]['lr']:.3g}; losses before: {history}"
-        )
+def _read(unread: deque, num_left: int, state: TrainState, metrics: MetricLogger) -> None:
+    """Reads what updates told the host into the meters, all but the newest `num_left`.
+
+    It comes from all processes, so that all stop after the same update. With fp16 a gradient may
+    overflow now and then: the scaler has then skipped the step by itself.
+    """
+    lr, stopping = state.optimizer.param_groups[0]["lr"], False
+    while len(unread) > num_left:
+        step, read = unread.popleft()
+        loss, norm, num_bad, num_stops = read()
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value) and (name == "loss" or not state.scaler.is_enabled()):
+                history = ", ".join(f"{past:.4g}" for past in metrics.meters["loss"].deque)
+                raise DivergenceError(
+                    f"the {name} is {value} in epoch {state.epoch}, step {step}, at learning rate "
+                    f"{lr:.3g}; losses before: {history or 'none'}"
+                )
+        metrics.update(loss=loss, lr=lr, bad_images=num_bad)
+        if num_stops:
+            num_left, stopping = 0, True
+    state.metrics = metrics.state_dict()
+    if stopping:
+        raise PreemptedError(f"epoch {state.epoch}, step {state.step}")
 
 
-def _update(state: TrainState, metrics: MetricLogger, clip_grad: float | None) -> None:
+def _update(state: TrainState, clip_grad: float | None) -> Tensor:
     """One optimizer step from the gradients at hand, and the moving average after it.
 
-    With fp16 a gradient may overflow now and then: the scaler then skips the step by itself.
+    Returns:
+        () the norm of the gradient before clipping.
     """
     state.scaler.unscale_(state.optimizer)
     limit = math.inf if clip_grad is None else clip_grad
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    if not state.scaler.is_enabled():
-        _check_finite("gradient norm", norm.item(), state, metrics)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
     state.updates += 1
     if state.ema is not None:
         state.ema.update(state.model)
+    return norm
 
 
 class BatchScores(NamedTuple):
@@ -332,7 +354,7 @@ def evaluate(
         header: first words of the progress lines.
         all_ranks: the processes share the data set, so their counts are added up.
         stop_requested: asked after every batch; all processes stop when one says True.
-        correct: gets (B,) bools, right or wrong, a batch at a time.
+        correct: gets (B,) bools on the device, right or wrong, a batch at a time.
 
     Returns:
         acc1 and acc5 in percent, loss (mean cross-entropy), and how many images were evaluated and
@@ -346,6 +368,7 @@ def evaluate(
     # Shares differ by an image, so a process may have one batch more, which it spends alone.
     common = all_reduce([float(len(data_loader))], device, ReduceOp.MIN)[0]
     sums = torch.zeros(5, dtype=torch.float64)  # correct1, correct5, loss, images, bad images
+    unread: list[Tensor] = []  # those of batches, on the device until a progress line shows them
     batches = metrics.log_every(data_loader, print_freq, header=header, total=len(data_loader))
     for index, (images, targets, is_bad) in enumerate(batches):
         if index < common and all_reduce([float(stop_requested())], device)[0]:
@@ -353,14 +376,17 @@ def evaluate(
         images = images.to(device, non_blocking=True)
         with _autocast(device, amp_dtype):
             logits = model(images)
-        scores = score_batch(logits, targets.to(device), is_bad.to(device))
+        targets, is_bad = (part.to(device, non_blocking=True) for part in (targets, is_bad))
+        scores = score_batch(logits, targets, is_bad)
         if correct is not None:
-            correct.append(scores.correct1.cpu())
-        parts = [score.double().sum() for score in scores]
-        batch = torch.stack([*parts, parts[0].new_tensor(len(targets)), is_bad.double().sum()])
-        batch = batch.cpu()
-        metrics.update(loss=batch[2] / batch[3], acc1=100 * batch[0] / batch[3])
-        sums += batch
+            correct.append(scores.correct1)
+        parts = [part.double().sum() for part in (*scores, torch.ones_like(targets), is_bad)]
+        unread.append(torch.stack(parts))
+        if index % print_freq == 0 or index == len(data_loader) - 1:
+            for batch in torch.stack(unread).cpu():
+                metrics.update(loss=batch[2] / batch[3], acc1=100 * batch[0] / batch[3])
+                sums += batch
+            unread.clear()
     totals = all_reduce(sums.tolist(), device) if all_ranks else sums.tolist()
     correct1, correct5, loss, num_images, num_bad = totals
     return {

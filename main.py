@@ -457,7 +457,7 @@ def validate(
             average = copy.deepcopy(average).to(device)
         results["test_ema"] = evaluated(average, header="test_ema:")
     if folder is not None:
-        folder.save_correct(torch.cat(correct) if correct and get_world_size() == 1 else None)
+        folder.save_correct(torch.cat(correct).cpu() if correct and get_world_size() == 1 else None)
     if state.model.keep_rates == final_keep_rates and not state.model.layer_wise:
         improved = results["test"]["acc1"] > state.best.get("test_acc1", -1.0)
         for prefix, result in results.items():
@@ -534,11 +534,7 @@ def train(
     schedule = CheckpointSchedule(args.checkpoint_interval)
     sampler = train_loader.sampler
     num_steps = sampler.epoch_length // args.batch_size // args.accum_steps * args.accum_steps
-
-    def save_if_due(state: TrainState) -> None:
-        if schedule.due(state.updates, device):
-            save_checkpoint(state, folder, device)
-
+    save = partial(save_checkpoint, folder=folder, device=device)
     final = options.keep_rate_at(args.epochs) if options.keep_rate_at else state.model.keep_rates
     begin = time.time()
     try:
@@ -557,7 +553,8 @@ def train(
                 num_steps=num_steps,
                 options=options,
                 mixup=mixup,
-                after_update=save_if_due,
+                checkpoint_due=partial(schedule.due, device=device),
+                save=save,
                 stop_requested=stop_requested,
             )
             # Evaluate, at the keep rate that the epoch ends with
@@ -572,9 +569,9 @@ def train(
             state.epoch, state.step, state.metrics = epoch + 1, 0, {}
             if folder is not None:
                 folder.log_epoch(entry)
-            save_checkpoint(state, folder, device)
+            save(state)
     except PreemptedError:
-        save_checkpoint(state, folder, device)
+        save(state)
         raise
     took = datetime.timedelta(seconds=int(time.time() - begin))
     logger.info(f"Training time {took}, best Acc@1 {state.best.get('test_acc1', math.nan):.3f}")

@@ -44,8 +44,8 @@ def assert_diverged(text: str, name: str, epoch: int) -> None:
     assert found and found[1] == name and found[3] == str(epoch), text
 
 
-def assert_last_checkpoint_is_good(folder: Path, epoch: int) -> None:
-    assert progress(folder) == (epoch, 0)
+def assert_last_checkpoint_is_good(folder: Path, epoch: int, step: int = 0) -> None:
+    assert progress(folder) == (epoch, step)
     weights = load(folder / "checkpoint.pth")["model"]
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
     assert len(read_entries(folder)) == epoch
@@ -63,13 +63,20 @@ def test_loss_that_is_not_finite(
     assert_last_checkpoint_is_good(tmp_path, 2)
 
 
+@pytest.mark.parametrize(("interval", "num_losses", "saved"), [(0, 24, 0), (1, 22, 4), (3, 24, 2)])
 def test_gradient_that_is_not_finite(
     call_main: Callable,
     train_flags: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    interval: int,
+    num_losses: int,
+    saved: int,
 ) -> None:
-    """A loss whose value is in order and whose gradient is not: infinity times zero."""
+    """A loss whose value is in order and whose gradient is not: infinity times zero.
+
+    It is noticed an update later, or before the next checkpoint.
+    """
     build_criterion, losses = main.build_criterion, []
 
     def build(*args: object, **options: object) -> Callable[..., Tensor]:
@@ -85,14 +92,16 @@ def test_gradient_that_is_not_finite(
     monkeypatch.setattr(main, "build_criterion", build)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        result = call_main(*train_flags, "--output-dir", tmp_path)
+        flags = ["--checkpoint-interval", interval, "--output-dir", tmp_path]
+        result = call_main(*train_flags, *flags)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert result.returncode == EXIT_DIVERGED, result.stderr
     assert_diverged(result.stdout, "gradient norm", 1)
-    assert len(losses) == 22 and losses[-1].isfinite()
-    assert_last_checkpoint_is_good(tmp_path, 1)
+    assert "in epoch 1, step 4, " in result.stdout
+    assert len(losses) == num_losses and all(loss.isfinite() for loss in losses[:22])
+    assert_last_checkpoint_is_good(tmp_path, 1, saved)
 
 
 def test_half_precision_survives_overflows(

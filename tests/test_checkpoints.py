@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: this project's, DeiT's and EViT's, whole or not at all."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -13,12 +14,14 @@ from conftest import RUN_FLAGS, TIMMS, TINY, TINY_FLAGS, Run, RunMain, build_tin
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+import checkpoints
 import tools.common
 import tools.diversity
 import tools.sweep
 import tools.tokens
 import visualize_mask
 from checkpoints import (
+    CheckpointSchedule,
     fit_weights,
     latest_checkpoint,
     load_checkpoint,
@@ -170,6 +173,21 @@ def test_interrupted_writing_leaves_the_old_file(
     assert load_checkpoint(path)["epoch"] == 2
     with pytest.raises(RuntimeError, match="out of memory"):  # no failure to write
         write_atomically(path, Mock(side_effect=RuntimeError("CUDA error: out of memory")))
+
+
+def test_minutes_are_agreed_on_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among several processes this waits for the device; alone it does not."""
+    agreed = []
+    monkeypatch.setattr(checkpoints, "all_reduce", lambda values, _: agreed.append(1) or values)
+    schedule, device = CheckpointSchedule("10m"), torch.device("cpu")
+    for world_size, expected in ((1, 25), (2, 2)):
+        agreed.clear()
+        monkeypatch.setattr(checkpoints, "get_world_size", lambda size=world_size: size)
+        for updates in range(1, 26):
+            schedule.last = -math.inf
+            assert schedule.due(updates, device) == (world_size == 1 or updates % 10 == 0)
+        assert len(agreed) == expected
+    assert schedule.due(30, device) and not schedule.due(40, device)
 
 
 # Into models ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import torch.nn.functional as F
 from conftest import PLAIN_FLAGS, RUN_FLAGS, TINY_FLAGS, RunMain, build_tiny
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import CPU, Task, parse
 
-from engine import DivergenceError, TrainState, evaluate
+import engine
+from engine import DivergenceError, PreemptedError, TrainState, evaluate
 from main import build_criterion, build_mixup, find_training_mode, train_options
-from utils import AMP_DTYPES, InputError, logger
+from utils import AMP_DTYPES, InputError, logger, sum_later
 
+aten = torch.ops.aten
 SGD = ["--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--unscale-lr"]
 
 
@@ -87,7 +91,7 @@ def test_moving_average_of_the_weights() -> None:
         for name, value in state.model.state_dict().items():
             expected[name] = 0.8 * expected[name] + 0.2 * value
 
-    task.train(after_update=follow)
+    task.train(calls={"checkpoint_due": lambda updates: True, "save": follow})
     average = task.state.ema.module.state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(average[name], value, rtol=1e-5, atol=1e-7)
@@ -119,24 +123,41 @@ def test_mixed_precision_step(amp: str) -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_not_finite_stops_before_the_weights_are_spoilt(where: str, value: float) -> None:
-    task = Task(["--batch-size", "16", "--lr", "1e-3"])
-    calls = []
+@pytest.mark.parametrize(
+    ("bad", "interval", "noticed"),
+    [(2, 100, 3), (2, 1, 2), (2, 2, 3), (3, 100, 3)],
+    ids=["an update later", "before a save", "before a later save", "at the end of the epoch"],
+)
+def test_not_finite_is_noticed_before_anything_is_saved(
+    where: str, value: float, bad: int, interval: int, noticed: int
+) -> None:
+    """Updates count from 0."""
+    task = Task(["--batch-size", "16", "--lr", "1e-3", "--unscale-lr"])
+    losses, saved = [], []
 
     def criterion(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, targets)
-        calls.append(task.model.state_dict())
-        if len(calls) < 3:
-            return loss
-        calls[-1] = {name: value.clone() for name, value in calls[-1].items()}
-        return loss * value if where == "loss" else _SpoilGradient.apply(loss, value)
+        losses.append(F.cross_entropy(logits, targets))
+        if len(losses) <= bad:
+            return losses[-1]
+        return losses[-1] * value if where == "loss" else _SpoilGradient.apply(losses[-1], value)
 
-    with pytest.raises(DivergenceError, match=rf"the {where} is \w+ in epoch 0, step 2") as error:
-        task.train(criterion)
-    assert len(calls) == 3 and task.state.updates == 2
-    assert len(str(error.value).splitlines()) == 1
-    for name, weight in task.model.state_dict().items():
-        assert torch.equal(weight, calls[-1][name])
+    def save(state: TrainState) -> None:
+        assert all(weight.isfinite().all() for weight in state.model.state_dict().values())
+        saved.append((state.updates, state.metrics["loss"]["count"]))
+
+    with pytest.raises(DivergenceError) as error:
+        task.train(
+            criterion,
+            calls={"checkpoint_due": lambda updates: updates % interval == 0, "save": save},
+        )
+    history = ", ".join(f"{loss.item():.4g}" for loss in losses[:bad])
+    assert re.fullmatch(
+        rf"the {where} is (nan|inf) in epoch 0, step {bad}, at learning rate 0\.001; "
+        rf"losses before: {re.escape(history)}",
+        str(error.value),
+    )
+    assert len(losses) == task.state.updates == noticed + 1
+    assert saved == [(n, n) for n in range(interval, bad + 1, interval)]
 
 
 class _SpoilGradient(torch.autograd.Function):
@@ -150,6 +171,54 @@ class _SpoilGradient(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * context.value, None
+
+
+@pytest.mark.parametrize(("asked", "stopped"), [(1, 2), (2, 3), (3, 4), (4, 4)])
+def test_stop_request_is_met_an_update_later(asked: int, stopped: int) -> None:
+    task = Task(["--batch-size", "8", "--accum-steps", "2", "--lr", "1e-3"])
+    requests = iter([number >= asked for number in range(1, 5)])
+    with pytest.raises(PreemptedError, match=f"^epoch 0, step {2 * stopped}$"):
+        task.train(calls={"stop_requested": lambda: next(requests)})
+    assert (task.state.step, task.state.updates) == (2 * stopped, stopped)
+    assert {meter["count"] for meter in task.state.metrics.values()} == {stopped}
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts the operations for whose result the host waits."""
+
+    waiting = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.waiting
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_step_does_not_wait_for_the_device(amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Momentum: on a CPU, AdamW reads its own number of steps, which lies there on a GPU too."""
+    flags = ["--batch-size", "4", "--opt", "momentum", "--clip-grad", "1", "--amp", amp]
+    task = Task([*flags, "--model-ema-decay", "0.9", "--mixup", "0.8", "--cutmix", "1"])
+    mixup = build_mixup(task.args, num_classes=4)
+    criterion = build_criterion(task.args, 4, CPU)
+    order = []
+
+    def note(values: Tensor) -> Callable[[], list[float]]:
+        number, read = len(order), sum_later(values)
+        order.append(("started", number))
+        return lambda: order.append(("read", number)) or read()
+
+    monkeypatch.setattr(engine, "sum_later", note)
+    with _HostReads() as reads:
+        task.train(criterion, mixup=mixup, print_freq=5)
+        assert reads.count <= 4  # 16 steps, and lines after steps 0, 5, 10 and 15
+        before = reads.count
+        torch.ones(1).item()
+        assert reads.count == before + 1
+    started = [index for index, (event, _) in enumerate(order) if event == "started"]
+    read = [order.index(("read", index)) for index in started]
+    assert len(started) == 16 and len(order) == 32
+    assert read[:-1] == [index + 1 for index in started[1:]]  # each right after the next started
 
 
 FINETUNE = ["--finetune", "https://example.org/deit.pth"]

@@ -44,8 +44,8 @@ class Task:
             images, targets = self.images[chosen].clone(), self.targets[chosen]
             yield images, targets, torch.zeros_like(targets)
 
-    def train(self, criterion=None, *, mixup=None, after_update=None, **options) -> dict:
-        """One epoch; options are those of TrainOptions beside the flags' own."""
+    def train(self, criterion=None, *, mixup=None, calls=None, **options) -> dict:
+        """One epoch; `calls` are what the engine may call, options more of TrainOptions."""
         settings = {
             "amp_dtype": AMP_DTYPES[find_amp(self.args.amp, CPU)],
             "accum_steps": self.args.accum_steps,
@@ -61,7 +61,7 @@ class Task:
             num_steps=64 // self.args.batch_size,
             options=TrainOptions(**settings | options),
             mixup=mixup,
-            after_update=after_update,
+            **calls or {},
         )
 
     def next_epoch(self) -> None:
