@@ -389,7 +389,7 @@ def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bo
     sums in the order of an undisturbed one.
     """
     wrapped = model
-    if get_world_size() > 1:
+    if dist.is_initialized():
         wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
         image = torch.zeros(1, 3, *model.patch_embed.img_size, device=device)
         model.train(model.settings.evo_readout == "mean")  # with both heads

@@ -105,7 +105,8 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
         InputError: the device does not exist here, or all processes would share it.
     """
     chosen = _find_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    launched = dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if launched and not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
             timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -139,7 +140,7 @@ def all_reduce(
     values: list[float], device: torch.device, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> list[float]:
     """Adds numbers over all processes (or takes another reduction of them), in float64."""
-    if get_world_size() == 1:
+    if not dist.is_initialized():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, op)
@@ -155,7 +156,7 @@ def sum_later(values: torch.Tensor) -> Callable[[], list[float]]:
     Returns:
         What waits for the sums, on their way to pinned memory, and returns them.
     """
-    if get_world_size() > 1:
+    if dist.is_initialized():
         dist.all_reduce(values)
     sums = values.to("cpu", non_blocking=values.is_cuda)
     if not values.is_cuda:

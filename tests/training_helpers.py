@@ -27,10 +27,13 @@ def parse(flags: list[str]) -> Namespace:
 class Task:
     """A small model, 64 images in memory whose class is their colour, and the settings."""
 
-    def __init__(self, flags: list[str], **model_changes: object) -> None:
+    def __init__(
+        self, flags: list[str], device: torch.device = CPU, **model_changes: object
+    ) -> None:
         self.args = parse([*TINY_FLAGS, *RUN_FLAGS, *PLAIN_FLAGS, "--warmup-epochs", "0", *flags])
-        self.model = build_tiny(keep_rate=0.5, **model_changes)
-        self.state = build_state(self.args, self.model, CPU)
+        self.device = device
+        self.model = build_tiny(keep_rate=0.5, **model_changes).to(device)
+        self.state = build_state(self.args, self.model, device)
         generator = torch.Generator().manual_seed(0)
         self.targets = torch.arange(64) % 4
         colours = torch.randn(4, 3, 1, 1, generator=generator)[self.targets]
@@ -47,7 +50,7 @@ class Task:
     def train(self, criterion=None, *, mixup=None, calls=None, **options) -> dict:
         """One epoch; `calls` are what the engine may call, options more of TrainOptions."""
         settings = {
-            "amp_dtype": AMP_DTYPES[find_amp(self.args.amp, CPU)],
+            "amp_dtype": AMP_DTYPES[find_amp(self.args.amp, self.device)],
             "accum_steps": self.args.accum_steps,
             "clip_grad": self.args.clip_grad,
             "print_freq": 100,
@@ -57,7 +60,7 @@ class Task:
             self.model,
             criterion or (lambda images, logits, targets: F.cross_entropy(logits, targets)),
             self.batches(),
-            device=CPU,
+            device=self.device,
             num_steps=64 // self.args.batch_size,
             options=TrainOptions(**settings | options),
             mixup=mixup,
