@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arguments import check_args, get_args_parser
+from tools import benchmark
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Notes its words, and the setting that keeps a restarted torchrun from its dead processes.
@@ -91,3 +92,21 @@ def test_the_study_has_its_runs(tmp_path, size, count):
     assert len({args.output_dir for args in runs}) == len(runs) == count
     tools = {word for words in commands for word in words if word.startswith("tools.")}
     assert tools == {"tools.sweep", "tools.diversity", "tools.table"}
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "folders"),
+    [
+        ("cpu", {}, "eager compiled autotuned operation stage train pixels384 memory"),
+        ("gpu", {"LIMIT": 70}, "operation eager stage train pixels384"),
+        ("gpu", {"LIMIT": 600, "DEVICE": "cpu"}, "operation eager compiled graphs stage train "
+         "train_compiled pixels384 compiled_others"),
+    ],
+)  # fmt: skip
+def test_benchmarks(tmp_path, script, settings, folders):
+    commands = run_script(tmp_path, f"benchmark_{script}.sh", "--warmup", "7", **settings)
+    parsed = [benchmark.get_args_parser().parse_args(words[3:]) for words in commands]
+    assert [Path(args.output_dir).name for args in parsed] == folders.split()
+    assert {args.warmup for args in parsed} == {7}
+    device = settings.get("DEVICE", {"cpu": "cpu", "gpu": "cuda"}[script])
+    assert {args.device for args in parsed} == {device}
