@@ -13,8 +13,8 @@ import os
 import random
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, VisionDataset
 
@@ -38,6 +39,7 @@ from inputs.images import (
     evaluation_crop,
     image_size,
     load_image,
+    to_bytes,
 )
 from inputs.inaturalist import build_inaturalist
 from samplers import SampleKey
@@ -53,38 +55,21 @@ def _hash(*fields: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@contextmanager
-def _random_states(seed: int) -> Iterator[None]:
-    """Seeds the three CPU generators for the body, then puts their states back.
-
-    A data loader's worker process needs no old states, and is faster without.
-    """
-    in_worker = get_worker_info() is not None
-    states = in_worker or (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-    try:
-        yield
-    finally:
-        if not in_worker:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-
-
 class SampleDataset(Dataset):
     """Wraps a torchvision data set so that a key alone decides the sample.
 
     With a `SampleKey` the CPU's random generators are seeded from (seed, epoch, index, repetition)
-    around the transform: an image is the same with any number of data loader worker processes, in
-    any order and after a resume. A plain index is evaluation, whose transform draws nothing.
+    before the transform: an image is the same with any number of data loader worker processes, in
+    any order and after a resume. A plain index is evaluation, whose transform draws nothing. Images
+    are bytes; `inputs.batches.DeviceLoader` makes a model's inputs of them, and puts the states of
+    the generators back.
 
     Args:
         source: its items are (RGB image, target) or raise `BadImageError`; it also has the targets
             of all samples and the names of the classes.
-        transform: from an RGB image to a (3, H, W) float32 tensor.
+        transform: from an RGB image to a (3, H, W) uint8 tensor.
         data_config: what the transform was built from; input_size is the (H, W) of that tensor.
+        erasing: timm's random erasing of normalised images, or None.
         seed: the run's random seed.
         bad_images: "error" raises `BadImageError`; "skip" puts another sample in the place of a bad
             one in training, and a zero image with the right target in evaluation.
@@ -96,6 +81,7 @@ class SampleDataset(Dataset):
         transform: Callable[[Image.Image], Tensor],
         data_config: Mapping[str, object],
         *,
+        erasing: RandomErasing | None = None,
         seed: int = 0,
         bad_images: str = "error",
     ) -> None:
@@ -106,6 +92,7 @@ class SampleDataset(Dataset):
         self.targets = np.asarray(source.targets, dtype=np.int64)  # (num_samples,)
         self.classes = list(source.classes)
         self.data_config = data_config
+        self.erasing = erasing
         self.image_size = image_size(data_config["input_size"])
         self.seed = seed
         self.bad_images = bad_images
@@ -113,8 +100,13 @@ class SampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, int, int]:
-        """(3, H, W) float32 normalised image; target; 1 if this key's image is bad, else 0."""
+    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, int, int, int]:
+        """Image, target, whether it is bad, and the sample's seed.
+
+        Returns:
+            (3, H, W) uint8; the class; 1 if this key's image cannot be read, else 0; the 63-bit
+            seed of all that is random about the sample, or -1 in evaluation.
+        """
         training = isinstance(key, SampleKey)
         index = key.index if training else int(key)
         is_bad = 0
@@ -125,12 +117,16 @@ class SampleDataset(Dataset):
                 raise
             is_bad = 1
             if not training:
-                return torch.zeros(3, *self.image_size), int(self.targets[index]), is_bad
+                image = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+                return image, int(self.targets[index]), is_bad, -1
             image, target = self._replacement(key, error)
-        if not training:
-            return self.transform(image), int(target), is_bad
-        with _random_states(_hash(self.seed, key.epoch, key.index, key.repetition)):
-            return self.transform(image), int(target), is_bad
+        seed = -1
+        if training:
+            seed = _hash(self.seed, key.epoch, key.index, key.repetition)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        return self.transform(image), int(target), is_bad, seed
 
     def _replacement(self, key: SampleKey, error: BadImageError) -> tuple[Image.Image, int]:
         """Another readable sample; which one depends on the random seed and the key alone."""
@@ -162,20 +158,19 @@ def check_same_classes(train_dataset: SampleDataset, val_dataset: SampleDataset)
 def build_transform(
     is_train: bool, args: Namespace, data_config: Mapping[str, object]
 ) -> transforms.Compose:
-    """Builds DeiT's transform from an RGB image to a (3, H, W) float32 tensor, normalised.
+    """Builds DeiT's transform from an RGB image to a (3, H, W) uint8 tensor.
 
-    Training is timm's `create_transform`; without random erasing where `aa` is "3a", DeiT-III's
-    3-Augment. Evaluation resizes the image (antialiased) so that it covers (H, W) / crop_pct (or,
-    with the crop mode "squash", is as large), then crops (H, W) from its centre. Inputs of at most
-    32 x 32 follow DeiT's rule for CIFAR: train on random crops of the padded image, evaluate on the
-    whole of it; images of another size are resized to cover the input first. `src` (simple random
-    crop) asks for such training crops at any size, with "3a" out of an image whose borders are
-    mirrored.
+    Training is timm's `create_transform`, without what `DeviceLoader` does. Evaluation resizes the
+    image (antialiased) so that it covers (H, W) / crop_pct (or, with the crop mode "squash", is as
+    large), then crops (H, W) from its centre. Inputs of at most 32 x 32 follow DeiT's rule for
+    CIFAR: train on random crops of the padded image, evaluate on the whole of it; images of another
+    size are resized to cover the input first. `src` (simple random crop) asks for such training
+    crops at any size, with "3a" out of an image whose borders are mirrored.
 
     Args:
         is_train: for training or for evaluation.
-        args: for training reads src, color_jitter, aa, train_interpolation, reprob, remode and
-            recount; for evaluation nothing.
+        args: for training reads src, color_jitter, aa and train_interpolation; for evaluation
+            nothing.
         data_config: input_size, (H, W) or one number for both; crop_pct in [0.1, 1]; mean and std
             of the channels; the evaluation's interpolation and crop_mode; as
             `arguments.data_config` gives it.
@@ -184,9 +179,8 @@ def build_transform(
     _check_data_config(data_config)
     if is_train:
         return _train_transform(size, args, data_config)
-    normalize = transforms.Normalize(data_config["mean"], data_config["std"])
     crop = cover_and_crop(size, **evaluation_crop(size, data_config))
-    return transforms.Compose([*crop, transforms.ToTensor(), normalize])
+    return transforms.Compose([*crop, to_bytes])
 
 
 def _check_data_config(config: Mapping[str, object]) -> None:
@@ -205,8 +199,8 @@ def _train_transform(
     size: tuple[int, int], args: Namespace, data_config: Mapping[str, object]
 ) -> transforms.Compose:
     """timm's training transform, with its assertions turned into `InputError`."""
-    is_small, is_three_augment = max(size) <= SMALL_INPUT, args.aa == "3a"
-    names = ("aa", "color_jitter", "remode", "recount", "train_interpolation")
+    is_small = max(size) <= SMALL_INPUT
+    names = ("aa", "color_jitter", "train_interpolation")
     given = ", ".join(f"{name}={getattr(args, name)!r}" for name in names)
     with refusing(f"timm refuses the augmentation {given}"):
         transform = create_transform(
@@ -215,18 +209,24 @@ def _train_transform(
             color_jitter=args.color_jitter,
             auto_augment=None if args.aa in (None, "", "none") else args.aa,
             interpolation=args.train_interpolation,
-            mean=data_config["mean"],
-            std=data_config["std"],
-            re_prob=0 if is_three_augment else args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
+            mean=data_config["mean"],  # the colour around rotated images
+            use_prefetcher=True,  # bytes
         )
+    transform.transforms[-1] = to_bytes
     allow_posterize_to_black(transform)
     if is_small or args.src:
-        border = "reflect" if is_three_augment and not is_small else "constant"
+        border = "reflect" if args.aa == "3a" and not is_small else "constant"
         crop = transforms.RandomCrop(size, padding=CROP_PADDING, padding_mode=border)
         transform.transforms[:1] = [ResizeToCover(size), crop]
     return transform
+
+
+def build_erasing(args: Namespace) -> RandomErasing | None:
+    """timm's random erasing; none where `aa` is "3a", DeiT-III's 3-Augment."""
+    if args.aa == "3a" or args.reprob <= 0:
+        return None
+    with refusing(f"timm refuses remode={args.remode!r}"):
+        return RandomErasing(args.reprob, mode=args.remode, max_count=args.recount)
 
 
 # Data sets --------------------------------------------------------------------------------------
@@ -273,12 +273,13 @@ def build_dataset(
 
     Several processes call it in turns (`utils.in_turns`), since it may download or draw the images.
     Of `args` it reads data_set, data_path, seed, bad_images, max_image_pixels, download,
-    inat_category and what `build_transform` reads.
+    inat_category, what `build_transform` reads and, for training, reprob, remode and recount.
     """
     root = Path(os.path.expanduser(args.data_path))
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
     transform = build_transform(is_train, args, data_config)
+    erasing = build_erasing(args) if is_train else None
     may_be_made = args.data_set == "DEMO" or (args.download and args.data_set != "IMNET")
     if not os.path.isdir(root) and not may_be_made:  # pathlib's raises below a locked folder
         raise InputError(f"data path {root} does not exist or is not a folder")
@@ -290,7 +291,6 @@ def build_dataset(
         advice = "try again later" if args.download else "--download fetches it"
         reason = textwrap.shorten(str(error), 300)
         raise InputError(f"cannot read {args.data_set} in {root} ({advice}): {reason}") from error
-    dataset = SampleDataset(
-        source, transform, data_config, seed=args.seed, bad_images=args.bad_images
-    )
+    policy = {"erasing": erasing, "seed": args.seed, "bad_images": args.bad_images}
+    dataset = SampleDataset(source, transform, data_config, **policy)
     return dataset, len(dataset.classes)

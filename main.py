@@ -60,7 +60,8 @@ from engine import (
     shrunk_keep_rate,
     train_one_epoch,
 )
-from inputs.cache import CachedLoader, build_cached_loader
+from inputs.batches import DeviceLoader
+from inputs.cache import build_cached_loader
 from losses import CosubLoss, DistillationLoss, TwoHeadLoss
 from models import (
     ReducingTransformer,
@@ -136,7 +137,7 @@ def build_datasets(
 
 def build_train_loader(
     args: argparse.Namespace, dataset: SampleDataset, device: torch.device
-) -> DataLoader | CachedLoader:
+) -> DeviceLoader:
     """Batches of this process's share of the training set; the sampler yields `SampleKey`s."""
     sampler = TrainSampler(
         len(dataset),
@@ -156,16 +157,17 @@ def build_train_loader(
 
 def build_val_loader(
     args: argparse.Namespace, dataset: SampleDataset, device: torch.device
-) -> DataLoader | CachedLoader:
+) -> DeviceLoader:
     """Batches of this process's share of the validation set, or of all of it."""
     ranks = {"rank": get_rank(), "world_size": get_world_size()} if args.dist_eval else {}
     return _build_loader(args, dataset, EvalSampler(len(dataset), **ranks), device)
 
 
-def _build_loader(args, dataset, sampler, device) -> DataLoader | CachedLoader:
+def _build_loader(args, dataset, sampler, device) -> DeviceLoader:
     if args.image_cache:
-        return build_cached_loader(args, dataset, sampler, device)
-    return DataLoader(
+        batches = build_cached_loader(args, dataset, sampler, device)
+        return DeviceLoader(batches, dataset, device)
+    batches = DataLoader(
         dataset,
         batch_size=args.batch_size,
         sampler=sampler,
@@ -175,6 +177,7 @@ def _build_loader(args, dataset, sampler, device) -> DataLoader | CachedLoader:
         persistent_workers=args.num_workers > 0,
         worker_init_fn=ignore_stop_signals,
     )
+    return DeviceLoader(batches, dataset, device)
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -408,7 +411,7 @@ def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bo
 def run_evaluation(
     args: argparse.Namespace,
     model: ReducingTransformer,
-    val_loader: DataLoader | CachedLoader,
+    val_loader: DeviceLoader,
     device: torch.device,
     header: str = "Test:",
     **options,
@@ -436,7 +439,7 @@ def run_evaluation(
 def validate(
     args: argparse.Namespace,
     state: TrainState,
-    val_loader: DataLoader | CachedLoader,
+    val_loader: DeviceLoader,
     device: torch.device,
     folder: RunFolder | None,
     stop_requested: StopRequest,
@@ -517,8 +520,8 @@ def epoch_entry(state: TrainState, result: dict, num_images: int, seconds: float
 def train(
     args: argparse.Namespace,
     state: TrainState,
-    train_loader: DataLoader | CachedLoader,
-    val_loader: DataLoader | CachedLoader,
+    train_loader: DeviceLoader,
+    val_loader: DeviceLoader,
     *,
     device: torch.device,
     criterion: nn.Module,
@@ -580,7 +583,7 @@ def train(
 def start_state(
     args: argparse.Namespace,
     state: TrainState,
-    train_loader: DataLoader | CachedLoader,
+    train_loader: DeviceLoader,
     start: StartingPoint,
 ) -> dict:
     """Puts the state where the run begins; returns the facts about it for args.json."""

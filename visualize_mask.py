@@ -40,6 +40,7 @@ from arguments import (
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset, build_transform
+from inputs.batches import Normalize
 from inputs.images import BadImageError, list_images, load_image
 from models import ReducingTransformer, describe_rates, describe_reduction
 from models.trace import PatchKind, trace_patches
@@ -320,10 +321,11 @@ def describe_tokens(stage: Panel) -> str:
 
 @torch.no_grad()
 def make_picture(loaded: LoadedModel, source: Source, image: Tensor) -> Picture:
-    """Runs one (3, H, W) normalised image through the model and notes what became of each patch."""
+    """Runs one (3, H, W) uint8 image through the model and notes what became of each patch."""
     model = loaded.model
     device = next(model.parameters()).device
-    logits, assignments = model.forward_with_assignments(image[None].to(device))
+    normalized = Normalize(loaded.data_config, device)(image[None].to(device))
+    logits, assignments = model.forward_with_assignments(normalized)
     panels, stages = [], model.stages()
     for stage, trace in zip(stages, trace_patches(assignments, stages), strict=True):
         place = f"stage {len(panels) + 1} (block {stage.block})"
@@ -335,16 +337,8 @@ def make_picture(loaded: LoadedModel, source: Source, image: Tensor) -> Picture:
         prediction = f"predicted ({probability:.0%}): {loaded.classes[index]}"
     grid_size, patch_size = model.patch_embed.grid_size, model.patch_embed.patch_size
     height, width = np.multiply(grid_size, patch_size)
-    mean, std = loaded.data_config["mean"], loaded.data_config["std"]
-    pixels = denormalize(image, mean, std)[:height, :width]
+    pixels = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
     return Picture(source, prediction, pixels, grid_size, panels)
-
-
-def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Turns a (3, H, W) image that was normalised into (H, W, 3) uint8 pixels."""
-    pixels = image.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # (H, W, 3)
-    pixels = pixels.clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8).contiguous().numpy()
 
 
 def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +104,13 @@ def _decode(dataset, crop_settings: dict[str, object], path: Path) -> None:
 
 
 class CachedLoader:
-    """Batches of decoded images, cropped, flipped and normalised on the device.
+    """Batches of decoded images, as bytes, cropped and flipped on the device.
 
     With a `TrainSampler` every image is padded by 4 black pixels, cropped at random and flipped
     with probability 1/2, as `build_transform` does for small inputs; the draws depend on (seed,
     epoch, index, repetition) alone, and an incomplete last batch is left out. With an `EvalSampler`
-    images are only normalised: the same numbers as from `build_transform`, bit for bit.
+    images are those of `build_transform`. Batches are (images, targets, is_bad, seeds), as a
+    `DataLoader` makes them of a `SampleDataset` in evaluation.
     """
 
     def __init__(
@@ -118,9 +119,6 @@ class CachedLoader:
         targets: Tensor,
         sampler: TrainSampler | EvalSampler,
         batch_size: int,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
     ) -> None:
         """Takes (N, 3, H, W) uint8 images on the device to augment on, (N,) int64 CPU targets."""
         self.images = images
@@ -128,13 +126,11 @@ class CachedLoader:
         self.sampler = sampler
         self._trains = isinstance(sampler, TrainSampler)
         self._batches = BatchSampler(sampler, batch_size, drop_last=self._trains)
-        stats = torch.tensor([mean, std], device=images.device)
-        self._mean, self._std = stats.view(2, 1, 3, 1, 1)
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         draws = self._draws() if self._trains else None
         for keys in self._batches:
             index = torch.tensor([key.index for key in keys] if self._trains else keys)
@@ -142,8 +138,8 @@ class CachedLoader:
             if draws is not None:
                 repetition = torch.tensor([key.repetition for key in keys])
                 images = crop_and_flip(images, draws[:, repetition, index].to(images.device))
-            images = (images.float() / 255 - self._mean) / self._std
-            yield images, self.targets[index], torch.zeros(len(keys), dtype=torch.int64)
+            is_bad, seeds = torch.tensor([[0], [-1]]).expand(2, len(keys))
+            yield images, self.targets[index], is_bad, seeds
 
     def _draws(self) -> Tensor:
         """(3, repetitions, N) int64: first row and column of each crop, and whether to flip."""
@@ -180,6 +176,4 @@ def build_cached_loader(
     pixels = cached_images(args, dataset, isinstance(sampler, TrainSampler), device)
     # On the CPU the file itself is the memory, shared by all processes that read it.
     images = torch.from_numpy(pixels).to(device)
-    normalization = {name: dataset.data_config[name] for name in ("mean", "std")}
-    targets = torch.from_numpy(dataset.targets)
-    return CachedLoader(images, targets, sampler, args.batch_size, **normalization)
+    return CachedLoader(images, torch.from_numpy(dataset.targets), sampler, args.batch_size)

@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,15 +25,17 @@ from data_helpers import (
 )
 from PIL import Image
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 import arguments
+import main
 from datasets import DATA_SETS, SampleDataset, build_dataset, build_transform, check_same_classes
+from inputs.batches import ERASING_STREAM, DeviceLoader, Normalize
 from inputs.images import BadImageError, ResizeToCover, allow_posterize_to_black
-from main import build_datasets
 from samplers import EvalSampler, SampleKey, TrainSampler
 from utils import InputError, in_turns, seed_everything
 
@@ -46,9 +49,20 @@ def folder(tmp_path: Path) -> Path:
     return write_image_folder(tmp_path / "images")
 
 
-def _load(dataset: SampleDataset, keys: list, num_workers: int) -> Tensor:
-    loader = DataLoader(dataset, batch_size=2, sampler=keys, num_workers=num_workers)
-    return torch.cat([images for images, _, _ in loader])
+def _load(
+    dataset: SampleDataset,
+    keys: Iterable,
+    num_workers: int = 0,
+    batch_size: int = 2,
+    device: torch.device = CPU,
+) -> Tensor:
+    """The images as a model gets them, normalised and erased."""
+    batches = DataLoader(dataset, batch_size, sampler=keys, num_workers=num_workers)
+    return torch.cat([images for images, _, _ in DeviceLoader(batches, dataset, device)])
+
+
+def _normalize(image: Tensor, config: dict) -> Tensor:
+    return Normalize(config, CPU)(image[None])[0]
 
 
 # Randomness -------------------------------------------------------------------------------------
@@ -61,6 +75,8 @@ def test_images_depend_on_the_key_alone(folder):
     torch.manual_seed(99)
     assert torch.equal(alone, _load(dataset, keys, 2))
     assert torch.equal(alone[4:], _load(dataset, keys[4:], 1)), "as in a run that resumes there"
+    assert torch.equal(alone, _load(dataset, keys, batch_size=7))
+    assert torch.equal(alone.flip(0), _load(dataset, keys[::-1], 2, batch_size=3))
     assert len({tuple(image.flatten()[:200].tolist()) for image in alone}) == len(keys)
 
 
@@ -68,11 +84,12 @@ def test_images_depend_on_the_key_alone(folder):
 def test_each_part_of_the_key_changes_the_augmentation(folder, change):
     key = {"index": 0, "epoch": 0, "repetition": 0, "seed": 3}
 
-    def image(index: int, epoch: int, repetition: int, seed: int) -> Tensor:
-        return build(True, folder, seed=seed)[SampleKey(index, epoch, repetition)][0]
+    def image(index: int, epoch: int, repetition: int, seed: int) -> tuple[Tensor, int]:
+        return build(True, folder, seed=seed)[SampleKey(index, epoch, repetition)][::3]
 
-    assert torch.equal(image(**key), image(**key))
-    assert not torch.equal(image(**key), image(**key | {change: 1}))
+    (image_a, seed_a), (image_b, seed_b) = image(**key), image(**key | {change: 1})
+    assert torch.equal(image_a, image(**key)[0]) and seed_a == image(**key)[1]
+    assert not torch.equal(image_a, image_b) and seed_a != seed_b
 
 
 def test_the_process_keeps_its_own_random_streams(folder):
@@ -82,7 +99,7 @@ def test_the_process_keeps_its_own_random_streams(folder):
     seed_everything(1)
     expected = draws()
     seed_everything(1)
-    build(True, folder)[SampleKey(1, 2, 0)]
+    assert len(_load(build(True, folder, reprob=1), [SampleKey(1, 2, 0), SampleKey(2, 2, 0)])) == 2
     assert draws() == expected
 
 
@@ -101,8 +118,10 @@ def test_evaluation_matches_torchvision():
     image = random_image(np.random.default_rng(1), 300, 417)
     expected = transforms.Resize(256, transforms.InterpolationMode.BICUBIC)(image)
     expected = transforms.ToTensor()(transforms.CenterCrop(224)(expected))
-    transform = build_transform(False, dataset_args(""), config_of(dataset_args(""), 224))
-    assert torch.equal(transform(image), transforms.Normalize(MEAN, STD)(expected))
+    config = config_of(dataset_args(""), 224)
+    ours = build_transform(False, dataset_args(""), config)(image)
+    assert ours.dtype == torch.uint8
+    assert torch.equal(_normalize(ours, config), transforms.Normalize(MEAN, STD)(expected))
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875])
@@ -110,16 +129,18 @@ def test_a_squashed_image_is_timms(crop_pct):
     image = random_image(np.random.default_rng(1), 90, 61)
     config = config_of(dataset_args(""), 64) | {"crop_mode": "squash", "crop_pct": crop_pct}
     theirs = create_transform(64, interpolation="bicubic", crop_pct=crop_pct, crop_mode="squash")
-    assert torch.equal(build_transform(False, dataset_args(""), config)(image), theirs(image))
+    ours = build_transform(False, dataset_args(""), config)(image)
+    assert torch.equal(_normalize(ours, config), theirs(image))
 
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "none"])
 def test_training_matches_timm(aa):
     args = dataset_args("", aa=aa)
-    ours = build_transform(True, args, config_of(args, 64))
+    config = config_of(args, 64)
+    ours = build_transform(True, args, config)
     theirs = create_transform(
         64, is_training=True, color_jitter=0.3, auto_augment=aa if aa != "none" else None,
-        interpolation="random", re_prob=0.9, re_mode="pixel", re_count=2,
+        interpolation="random",
     )  # fmt: skip
     allow_posterize_to_black(theirs)
     rng = np.random.default_rng(1)
@@ -128,7 +149,7 @@ def test_training_matches_timm(aa):
         for transform in (ours, theirs):
             seed_everything(seed)
             results.append(transform(image))
-        assert torch.equal(*results)
+        assert torch.equal(_normalize(results[0], config), results[1])
 
 
 @pytest.mark.parametrize("is_train", [True, False])
@@ -171,7 +192,8 @@ def test_auto_augment_at_any_magnitude(aa):
     image = random_image(np.random.default_rng(8), 20, 20)
     for seed in range(150):
         seed_everything(seed)
-        assert transform(image).isfinite().all()
+        result = transform(image)
+        assert result.shape == (3, 16, 16) and result.dtype == torch.uint8
 
 
 def test_posterize():
@@ -183,6 +205,73 @@ def test_posterize():
     for bits in range(9):
         expected = np.asarray(image) >> (8 - bits) << (8 - bits)
         assert np.array_equal(np.asarray(operation.aug_fn(image, bits)), expected)
+
+
+# Batches ----------------------------------------------------------------------------------------
+
+
+def test_every_byte_is_normalised_as_torchvision_does():
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, axis=2)
+    for mean, std in ((MEAN, STD), ((0.5,) * 3, (0.5,) * 3), ([0.1, 0.0, 1.0], [1.0, 0.3, 2.0])):
+        expected = transforms.Normalize(mean, std)(transforms.ToTensor()(pixels))
+        images = torch.from_numpy(pixels).permute(2, 0, 1).expand(7, -1, -1, -1)
+        result = Normalize({"mean": mean, "std": std}, CPU)(images)
+        assert torch.equal(result, expected.expand(7, -1, -1, -1)) and result.is_contiguous()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bytes_leave_the_workers(folder, num_workers):
+    args = dataset_args(folder, num_workers=num_workers, batch_size=4, repeated_aug=False)
+    for loader in (
+        main.build_train_loader(args, build(True, folder), CPU),
+        main.build_val_loader(args, build(False, folder), CPU),
+    ):
+        assert {images.dtype for images, *_ in loader._batches} == {torch.uint8}
+        for images, targets, is_bad in loader:
+            assert images.dtype == torch.float32 and images.is_contiguous()
+            assert targets.dtype == is_bad.dtype == torch.int64
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_the_key_alone_decides_what_timm_erases(folder, mode):
+    changes = {"reprob": 0.25, "remode": mode}
+    dataset = build(True, folder, **changes)
+    keys = [SampleKey(index, epoch, 0) for epoch in range(60) for index in range(8)]
+    images, plain = _load(dataset, keys), _load(build(True, folder, reprob=0), keys)
+    is_erased = (images != plain).flatten(1).any(dim=1)
+    assert 0.18 < is_erased.float().mean() < 0.32
+    assert not torch.equal(is_erased[:8], is_erased[8:16])
+    again = _load(dataset, [keys[i] for i in is_erased.nonzero().flatten().tolist()], 1, 5)
+    assert torch.equal(images[is_erased], again)
+    theirs = RandomErasing(1.0, mode=mode, max_count=2, device="cpu")
+    for key, image, before in zip(keys[:80], images, plain, strict=False):
+        if not torch.equal(image, before):
+            seed = dataset[key][3] ^ ERASING_STREAM
+            random.seed(seed)
+            torch.manual_seed(seed)
+            assert torch.equal(theirs(before), image)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_numbers_and_keeps_its_random_stream(folder):
+    gpu = torch.device("cuda", 0)
+    keys = [SampleKey(index, epoch, 0) for epoch in range(9) for index in range(8)]
+    for changes in ({"reprob": 0}, {"remode": "const"}):  # noise is the device's own
+        dataset = build(True, folder, **changes)
+        assert torch.equal(_load(dataset, keys, device=gpu).cpu(), _load(dataset, keys))
+    dataset = build(True, folder)
+    torch.cuda.manual_seed(5)
+    alone = _load(dataset, keys, device=gpu)
+    drawn = torch.rand(3, device=gpu)
+    assert torch.equal(alone.flip(0), _load(dataset, keys[::-1], batch_size=7, device=gpu))
+    torch.cuda.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3, device=gpu))
+
+
+def test_three_augment_and_evaluation_erase_nothing(folder):
+    assert build(False, folder).erasing is None
+    assert build(True, folder, aa="3a").erasing is None
+    assert build(True, folder, reprob=0).erasing is None
 
 
 # Policies for bad images ------------------------------------------------------------------------
@@ -213,19 +302,22 @@ def test_skip_policy_replaces_in_training(folder):
     dataset = build(True, folder, bad_images="skip")
     keys = [SampleKey(index, epoch, 0) for epoch in range(4) for index in range(8)]
     samples = [dataset[key] for key in keys]
-    assert [is_bad for _, _, is_bad in samples] == [int(key.index == 6) for key in keys]
-    for key, (image, target, is_bad) in zip(keys, samples, strict=True):
+    assert [is_bad for _, _, is_bad, _ in samples] == [int(key.index == 6) for key in keys]
+    for key, (image, target, is_bad, _) in zip(keys, samples, strict=True):
         assert is_bad or (torch.equal(image, clean[key][0]) and target == clean[key][1])
-    replaced = torch.stack([image for image, _, is_bad in samples if is_bad])
+    bad = [key.index == 6 for key in keys]
+    replaced = _load(dataset, keys)[bad]
     again = _load(dataset, [key for key in keys if key.index == 6], 1)
     assert torch.equal(replaced, again), "the replacement depends on the key alone"
+    assert all(image.any() for image in replaced)
 
 
 def test_skip_policy_gives_zeros_in_evaluation(folder):
     (folder / "val" / "bee" / "1.png").write_bytes(b"")
     dataset = build(False, folder, bad_images="skip", input_size=(48, 32))
-    image, target, _ = dataset[4]
-    assert image.shape == (3, 48, 32) and not image.any() and target == 1
+    images = _load(dataset, range(6), 1)
+    assert images.shape == (6, 3, 48, 32) and dataset[4][1] == 1
+    assert [bool(image.any()) for image in images] == [True, True, True, True, False, True]
     assert [dataset[i][2] for i in range(6)] == [0, 0, 0, 0, 1, 0]
 
 
@@ -323,8 +415,7 @@ def test_cifar10(tmp_path):
     assert len(val.classes) == 10 and len(train) == 5
     assert train[SampleKey(0, 0, 0)][0].shape == (3, 64, 64)
     assert [val[index][1] for index in range(5)] == CIFAR_TARGETS
-    red = ((val[2][0][0] * STD[0] + MEAN[0]) * 255).round().byte()
-    assert torch.equal(red.flatten(), torch.from_numpy(CIFAR_PIXELS[2, :1024]))
+    assert torch.equal(val[2][0].flatten(), torch.from_numpy(CIFAR_PIXELS[2]))
     check_same_classes(train, val)
 
 
@@ -380,7 +471,7 @@ def test_one_process_downloads_and_the_others_wait(cifar10, tmp_path, monkeypatc
 
     def body(rank: int) -> None:
         args = dataset_args(root, data_set="CIFAR10", download=True)
-        train, val = build_datasets(args, config_of(args, 32), CPU)
+        train, val = main.build_datasets(args, config_of(args, 32), CPU)
         note(events, f"{len(train)} and {len(val)} images")
 
     monkeypatch.setattr(cifar10, "download", download)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from datasets import build_dataset
 from inputs import cache
+from inputs.batches import DeviceLoader
 from inputs.cache import CachedLoader, build_cached_loader, cached_images, crop_and_flip
 from samplers import EvalSampler, TrainSampler
 from utils import InputError
@@ -38,7 +39,7 @@ def training_loader(size: int = 40, **options: object) -> CachedLoader:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator)
     sampler = TrainSampler(size, **options)
-    return CachedLoader(images, torch.arange(size), sampler, 7, mean=(0.5,) * 3, std=(0.2,) * 3)
+    return CachedLoader(images, torch.arange(size), sampler, 7)
 
 
 @pytest.mark.parametrize("input_size", [32, 24, 48, (24, 40)])
@@ -49,6 +50,10 @@ def test_evaluation_equals_the_ordinary_loader(data_path, tmp_path, input_size):
     theirs = DataLoader(dataset, batch_size=5, sampler=EvalSampler(24))
     assert len(ours) == len(theirs) == 5
     assert_same(ours, theirs)
+    ours, theirs = (DeviceLoader(batches, dataset, CPU) for batches in (ours, theirs))
+    assert len(ours) == len(theirs) == 5
+    assert_same(ours, theirs)
+    assert {batch[0].dtype for batch in ours} == {torch.float32}
 
 
 def test_evaluation_follows_the_data_config(data_path, tmp_path):
@@ -87,7 +92,7 @@ def test_a_sample_depends_on_its_key_alone():
     def by_key(**options: object) -> dict:
         loader = training_loader(**{"num_repeats": 3, "seed": 2} | options)
         loader.sampler.set_epoch(1)
-        images = torch.cat([images for images, _, _ in loader])
+        images = torch.cat([images for images, *_ in loader])
         return dict(zip(loader.sampler, images, strict=False))
 
     alone = by_key()

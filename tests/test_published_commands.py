@@ -18,7 +18,7 @@ from training_helpers import CPU, parse
 
 import main
 from arguments import ANSWERS, NO_EFFECT, data_config, get_args_parser
-from datasets import build_transform
+from datasets import build_erasing, build_transform
 from losses import CosubLoss
 
 # Flags and defaults of facebookresearch/deit's main.py (with DeiT-III and Cosub).
@@ -194,7 +194,7 @@ def test_three_augment_is_deit_iiis() -> None:
     steps = build_transform(True, args, data_config(args, 64, {})).transforms
     kinds = [type(step) for step in steps]
     assert kinds.index(AutoAugment) < kinds.index(transforms.ColorJitter)
-    assert RandomErasing not in kinds
+    assert build_erasing(args) is None and isinstance(build_erasing(parse([])), RandomErasing)
     choice = next(step for step in steps if isinstance(step, AutoAugment))
     assert sorted(op.aug_fn.__name__ for [op] in choice.policy) == [
         "desaturate", "gaussian_blur_rand", "solarize",

@@ -17,6 +17,7 @@ import models
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import build_dataset
 from engine import evaluate
+from inputs.batches import DeviceLoader
 from tools import sweep
 from tools.figures import plot_accuracy
 from tools.sweep import (
@@ -101,8 +102,10 @@ def single(root, flags):
 def evaluated(data_path):
     """`evaluated(model)`: its accuracies and loss, in an evaluation of its own."""
     args = dataset_args(data_path)
-    loader = DataLoader(build_dataset(False, args, config_of(args, 32))[0], batch_size=5)
-    return lambda model: evaluate(loader, model, torch.device("cpu"), print_freq=100)
+    dataset, _ = build_dataset(False, args, config_of(args, 32))
+    cpu = torch.device("cpu")
+    loader = DeviceLoader(DataLoader(dataset, batch_size=5), dataset, cpu)
+    return lambda model: evaluate(loader, model, cpu, print_freq=100)
 
 
 def test_sweep_equals_separate_evaluations(root, evaluated, finished):

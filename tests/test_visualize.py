@@ -10,6 +10,7 @@ import torch
 from conftest import DESIGN
 from data_helpers import config_of, dataset_args
 from PIL import Image
+from torchvision import transforms
 
 import models  # noqa: F401 (registers the models)
 import visualize_mask
@@ -205,9 +206,10 @@ def test_script_draws_what_the_checkpoint_assigns(photos, tmp_path, reduction, c
     assert "2 of 3 images" in capsys.readouterr().out
     for source, name in zip(("cat/a.png", "cat/b.jpg"), names, strict=False):
         tensor = TRANSFORM(Image.open(photos / source).convert("RGB"))
-        image = visualize_mask.denormalize(tensor, CONFIG["mean"], CONFIG["std"])
+        image = tensor.permute(1, 2, 0).numpy()
+        normalized = transforms.Normalize(CONFIG["mean"], CONFIG["std"])(tensor / 255)
         with torch.no_grad():
-            _, assignments = model.forward_with_assignments(tensor[None])
+            _, assignments = model.forward_with_assignments(normalized[None])
         panels = [image.repeat(7, axis=0).repeat(7, axis=1)]  # 7 x 48 >= 300
         for trace in trace_patches(assignments, model.stages()):
             group, kind = trace.group[0].numpy(), trace.kind[0].numpy()
@@ -248,7 +250,8 @@ def test_titles_name_model_weights_and_classes(photos, tmp_path):
 def test_pixels_that_no_patch_covers_are_cut_off():
     model = timm.create_model(**MODEL_ARGS | {"img_size": (37, 52)}, num_classes=2)
     loaded = visualize_mask.LoadedModel(model.eval(), "", ("class 0", "class 1"), CONFIG)
-    picture = visualize_mask.make_picture(loaded, Source("", "", None), torch.zeros(3, 37, 52))
+    image = torch.zeros(3, 37, 52, dtype=torch.uint8)
+    picture = visualize_mask.make_picture(loaded, Source("", "", None), image)
     assert picture.image.shape == (32, 48, 3)
     assert picture.prediction.endswith(("class 0", "class 1"))
 
@@ -275,12 +278,14 @@ def test_a_list_an_image_a_data_set_and_a_random_choice(photos, tmp_path, monkey
     assert 1 < len({tuple(names(*flags, "--shuffle", "--seed", seed)) for seed in seeds}) <= 3
 
 
-def test_pixels_survive_normalisation():
-    image = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, axis=2)
-    config = CONFIG | {"input_size": 16, "crop_pct": 1.0, "mean": (0.1, 0.5, 0.7)}
+def test_a_picture_shows_the_very_pixels():
+    image = random_image(32, 48)
+    model = timm.create_model(**MODEL_ARGS, num_classes=2)
+    config = CONFIG | {"crop_pct": 1.0, "mean": (0.1, 0.5, 0.7)}
+    loaded = visualize_mask.LoadedModel(model.eval(), "", (), config)
     tensor = build_transform(False, dataset_args(""), config)(Image.fromarray(image))
-    pixels = visualize_mask.denormalize(tensor, config["mean"], config["std"])
-    np.testing.assert_array_equal(pixels, image)
+    picture = visualize_mask.make_picture(loaded, Source("", "", None), tensor)
+    np.testing.assert_array_equal(picture.image, image)
 
 
 @pytest.mark.parametrize("bad", ["text", "FIFO"])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from arguments import (
     ArgumentParser,
@@ -27,6 +27,7 @@ from arguments import (
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
+from inputs.batches import DeviceLoader
 from models import REDUCTIONS, ReducingTransformer, describe_reduction, make_reducing
 from models.reduction import ReducedTokens
 from models.vit import REDUCTION_KEYWORDS
@@ -115,25 +116,29 @@ class Contender(NamedTuple):
 
 
 def readable_batches(
-    dataset: SampleDataset, indices: Sequence[int], args: Namespace, bad: list[int]
+    dataset: SampleDataset,
+    indices: Sequence[int],
+    args: Namespace,
+    bad: list[int],
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """Batches of those images that can be read, each with their indices; `bad` gets the others'.
 
     Raises:
         InputError: none of them can be read.
     """
-    loader = DataLoader(
-        Subset(dataset, indices), batch_size=args.batch_size, num_workers=args.num_workers
+    batches = DataLoader(
+        dataset, batch_size=args.batch_size, sampler=indices, num_workers=args.num_workers
     )
     num_seen = 0
-    for images, _, is_bad in loader:
+    for images, _, is_bad in DeviceLoader(batches, dataset, device):
         batch = indices[num_seen : num_seen + len(images)]
         bad += compress(batch, is_bad)
         num_seen += len(images)
         logger.info(f"image {num_seen} of {len(indices)}")
         good = is_bad == 0
         if good.any():
-            yield images[good], list(compress(batch, good))
+            yield images[good.to(device)], list(compress(batch, good))
     if len(bad) == num_seen:
         raise InputError(f"none of the {num_seen} images can be read")
 

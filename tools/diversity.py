@@ -149,7 +149,6 @@ def measure_methods(
     """
     tables = []
     for images in batches:
-        images = images.to(contender.model.patch_embed.proj.weight.device)
         for reduction in reductions:
             tables.append(measure_images(contender.switch(reduction), reduction, images))
     keys = ["reduction", "block", "num_tokens", "num_attentive"]
@@ -204,7 +203,8 @@ def get_args_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> int:
     """Measures, writes the table and the figure, and returns the exit code."""
-    contender = common.load_contender(args, args.checkpoint, common.find_device(args))
+    device = common.find_device(args)
+    contender = common.load_contender(args, args.checkpoint, device)
     model = contender.model
     config = data_config(args, model.patch_embed.img_size, model.pretrained_cfg)
     dataset, _ = build_dataset(False, args, config)
@@ -212,7 +212,7 @@ def run(args: Namespace) -> int:
     count = min(args.num_images, len(dataset))
     indices = [number * len(dataset) // count for number in range(count)]
     bad: list[int] = []
-    batches = common.readable_batches(dataset, indices, args, bad)
+    batches = common.readable_batches(dataset, indices, args, bad, device)
     table = measure_methods(contender, args.reductions, (images for images, _ in batches))
     common.write_table(table, stem.with_name("diversity.csv"))
     save_figure(plot_diversity(table), stem)

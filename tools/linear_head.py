@@ -98,8 +98,8 @@ def run(args: Namespace) -> int:
         raise InputError(f"{args.data_path} has {len(dataset)} training images, fewer than 10")
     indices, bad = range(len(dataset)), []
     features, read = [], []
-    for images, batch in common.readable_batches(dataset, indices, args, bad):
-        tokens = model.forward_features(images.to(device))
+    for images, batch in common.readable_batches(dataset, indices, args, bad, device):
+        tokens = model.forward_features(images)
         features.append(model.forward_head(tokens, pre_logits=True).double().cpu())
         read += batch
     labels = torch.from_numpy(dataset.targets[read])

@@ -37,6 +37,7 @@ from arguments import (
 )
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
+from inputs.batches import DeviceLoader
 from inputs.cache import digest_dataset
 from models import ReducingTransformer, count_gmacs
 from models.vit import LeadingTokens
@@ -292,19 +293,20 @@ def run_sweep(
     """
     device = find_place(contenders)
     amp_dtype = AMP_DTYPES[find_amp(args.amp, device)]
-    loader = DataLoader(
+    batches = DataLoader(
         dataset,
         batch_size=args.batch_size,
         sampler=chosen_images(args, dataset)[int(predictions["num_done"]) :],
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
     )
+    loader = DeviceLoader(batches, dataset, device)
     # One unit is one batch through one configuration; their speeds differ, so the mean is taken.
     total = len(configurations) * len(loader)
     try:
         with tqdm(desc="Sweep", unit="batch", mininterval=1, smoothing=0, total=total) as bar:
-            for number, batch in enumerate(loader, 1):
-                images, targets, is_bad = (part.to(device, non_blocking=True) for part in batch)
+            for number, (images, targets, is_bad) in enumerate(loader, 1):
+                is_bad = is_bad.to(device)
                 start = int(predictions["num_done"])
                 here = slice(start, start + len(images))
                 answers = timed_logits(contenders, configurations, images, amp_dtype)

@@ -188,8 +188,8 @@ def run(args: Namespace) -> int:
     stem = check_writable(args.output_dir) / "tokens"
     bad: list[int] = []
     table = pd.concat(
-        follow_patches(model, images.to(device), [names[index] for index in good])
-        for images, good in common.readable_batches(dataset, range(len(files)), args, bad)
+        follow_patches(model, images, [names[index] for index in good])
+        for images, good in common.readable_batches(dataset, range(len(files)), args, bad, device)
     )
     common.write_table(table, stem.with_name("tokens.csv"))
     save_figure(plot_patches(table, model.reduction_loc), stem)
