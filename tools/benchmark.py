@@ -7,7 +7,6 @@ import shlex
 import sys
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from models.speed import Call, Setting, compiled, inference, time_rounds
 from models.vit import Attended, ReducingBlock, find_importance, project
 from tools import timing
 from tools.timing import median_ratio, peak_mebibytes, resident_bytes
-from utils import InputError, check_writable, init_process, run_script
+from utils import InputError, init_process, run_script
 
 HELP = """Measures inference, training steps or the reduction stages of models with random weights,
 beside timm's dense model. Every method at every keep rate is a line of one table, printed and
@@ -416,17 +415,11 @@ def measure(args: Namespace, setting: Setting) -> Iterator[dict]:
 def run(args: Namespace, command: str) -> int:
     """Measures, prints and writes; returns the exit code."""
     setting = make_setting(args)
-    folder = check_writable(args.output_dir) if args.output_dir else None
     about = timing.environment()  # before the measurement: the load is that of other programs
     about |= {"command": command, "device": str(setting.device), "compile": setting.compile_mode}
     about |= {name: getattr(args, name) for name in ("dtype", "repetitions", "warmup")}
-    table, protocol = timing.make_table(measure(args, setting)), MEASURES[args.what][1]
-    print(timing.report_text(table, protocol, about))
-    if folder is not None:
-        stamp = datetime.fromisoformat(about["date"]).strftime("%Y%m%d-%H%M%S")
-        stem = folder / f"{args.what}-{setting.device.type}-{stamp}"
-        timing.write_report(stem, table, protocol, about)
-        print(f"written: {stem}.txt, .csv, .json")
+    protocol = MEASURES[args.what][1]
+    timing.report(measure(args, setting), protocol, about, args.output_dir, args.what)
     return 0
 
 

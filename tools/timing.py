@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from models.speed import Call, Setting
-from utils import git_hash, versions
+from utils import check_writable, git_hash, versions
 
 
 def median_ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
@@ -106,6 +106,7 @@ def environment() -> dict:
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
+        "freezing": os.environ.get("TORCHINDUCTOR_FREEZING"),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         **versions(),
         "code": git_hash(),
@@ -119,10 +120,29 @@ def report_text(table: pd.DataFrame, protocol: list[str], about: dict) -> str:
     return "\n".join([lines, "", *protocol, "", *shown])
 
 
-def write_report(stem: Path, table: pd.DataFrame, protocol: list[str], about: dict) -> None:
-    """Writes stem.txt, stem.csv and stem.json; the last has the seconds of every round too."""
-    rows = json.loads(table.to_json(orient="records", double_precision=15))
-    content = {"setting": about, "protocol": protocol, "rows": rows}
-    Path(f"{stem}.txt").write_text(report_text(table, protocol, about) + "\n")
+def report(
+    rows: Iterable[dict], protocol: list[str], about: dict, output_dir: str, name: str
+) -> None:
+    """Makes a table of the rows, prints it, and writes it as .txt, .csv and .json.
+
+    Args:
+        rows: measured while they are taken; the .json has their seconds of every round too.
+        protocol: how, a sentence a line.
+        about: on what; see `environment`.
+        output_dir: folder; "": nothing is written.
+        name: first word of the files' names.
+    """
+    folder = check_writable(output_dir) if output_dir else None  # before the measurement
+    table = make_table(rows)
+    text = report_text(table, protocol, about)
+    print(text)
+    if folder is None:
+        return
+    stamp = datetime.datetime.fromisoformat(about["date"]).strftime("%Y%m%d-%H%M%S")
+    stem = folder / f"{name}-{about['device'].partition(':')[0]}-{stamp}"
+    content = {"setting": about, "protocol": protocol}
+    content["rows"] = json.loads(table.to_json(orient="records", double_precision=15))
+    Path(f"{stem}.txt").write_text(text + "\n")
     Path(f"{stem}.csv").write_text(without_seconds(table).to_csv(index=False))
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {stem}.txt, .csv, .json")
