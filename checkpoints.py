@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
+import torch.distributed as dist
 from timm.layers import resample_abs_pos_embed
 from timm.models import eva
 from timm.models._hub import (
@@ -734,7 +735,7 @@ class CheckpointSchedule:
             return False
         if not self.in_minutes:
             return updates % self.interval == 0
-        if get_world_size() > 1 and updates % AGREE_EVERY:
+        if dist.is_initialized() and updates % AGREE_EVERY:
             return False
         late = is_main_process() and time.monotonic() - self.last >= 60 * self.interval
         is_due = all_reduce([float(late)], device)[0] > 0

@@ -71,6 +71,7 @@ from models import (
     describe_reduction,
     find_keep_rate,
 )
+from models.complexity import check_adjustable
 from models.speed import MEASURED_RATES, Setting, fast_enough, measure_keep_rates
 from samplers import EvalSampler, TrainSampler
 from utils import (
@@ -277,8 +278,8 @@ def apply_target_ms(
     """Sets the largest keep rate that is fast enough on this machine, if that is asked for."""
     if args.target_ms is None:
         return
+    milliseconds = find_speed(args, model, model_args, device)
     with refusing(f"--target-ms {args.target_ms:g}"):
-        milliseconds = find_speed(args, model, model_args, device)
         model.set_keep_rate(fast_enough(milliseconds, args.target_ms))
     shown = ", ".join(f"{value:.4g} at {rate:g}" for rate, value in milliseconds.items())
     logger.info(f"milliseconds a batch of {args.batch_size}, by keep rate: {shown}")
@@ -289,20 +290,25 @@ def find_speed(
     args: argparse.Namespace, model: ReducingTransformer, model_args: dict, device: torch.device
 ) -> dict[float, float]:
     """Milliseconds of a forward pass by keep rate: from --save-speed's file, or measured now."""
+    with refusing("--target-ms"):
+        check_adjustable(model)
     amp, machine = find_amp(args.amp, device), versions()
+    settings = model_args | model.reduction_settings() | {"keep_rate": MEASURED_RATES}
+    settings.pop("pretrained", None)
     what = {
-        **{name: str(value) for name, value in (model_args | model.reduction_settings()).items()},
+        **{name: str(value) for name, value in settings.items()},
         **{name: machine[name] for name in ("torch", "processor", "gpu", "threads")},
-        **{"batch_size": args.batch_size, "device": str(device)},
-        **{"amp": amp, "compile": args.compile, "keep_rate": list(MEASURED_RATES)},
+        **{"batch_size": args.batch_size, "device": str(device), "amp": amp},
+        "compile": args.compile,
     }
     path = Path(os.path.expanduser(args.save_speed))
     if args.save_speed and path.exists():
-        stored = json.loads(path.read_text())
-        for name in what:
-            if stored.get("of", {}).get(name) != what[name]:
-                raise InputError(f"--save-speed: {path} was measured with another {name}")
-        return {float(rate): value for rate, value in stored["milliseconds"].items()}
+        with refusing(f"--save-speed {path}"):
+            stored = json.loads(path.read_text())
+            for name in what:
+                if stored["of"].get(name) != what[name]:
+                    raise ValueError(f"it was measured with another {name}")
+            return {float(rate): float(ms) for rate, ms in stored["milliseconds"].items()}
     if args.save_speed:
         check_writable(path.parent)
     logger.info(f"measuring on {machine['processor'] if device.type == 'cpu' else machine['gpu']}")

@@ -104,7 +104,7 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
     Raises:
         InputError: the device does not exist here, or all processes would share it.
     """
-    chosen = _find_device(device)
+    chosen = find_device(device)
     launched = dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) > 1
     if launched and not dist.is_initialized():
         dist.init_process_group(
@@ -114,7 +114,8 @@ def init_process(device: str, timeout_minutes: float = 30) -> torch.device:
     return chosen
 
 
-def _find_device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device of this process, without joining others; see `init_process`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -154,7 +155,7 @@ def sum_later(values: torch.Tensor) -> Callable[[], list[float]]:
         values: (n,) on the device; with several processes they become the sums.
 
     Returns:
-        What waits for the sums, on their way to pinned memory, and returns them.
+        What waits for the sums, on their way to the host's memory, and returns them.
     """
     if dist.is_initialized():
         dist.all_reduce(values)

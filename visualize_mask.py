@@ -47,7 +47,7 @@ from models.trace import PatchKind, trace_patches
 from utils import (
     InputError,
     check_writable,
-    init_process,
+    find_device,
     logger,
     run_script,
     seed_everything,
@@ -345,7 +345,7 @@ def prepare(args: Namespace) -> tuple[LoadedModel, list[Source]]:
     """Checks the flags; builds the model, on its device, and the list of images to draw."""
     if args.num_images is not None and args.num_images < 1:
         raise InputError(f"--num-images must be at least 1, got {args.num_images}")
-    device = init_process(args.device)
+    device = find_device(args.device)
     path = Path(os.path.expanduser(args.data_path))
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model_args = model_arguments(args, checkpoint.get("model_args"))

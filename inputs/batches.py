@@ -5,13 +5,13 @@ Modifications of https://github.com/huggingface/pytorch-image-models (`timm/data
 - the normalised numbers are those of torchvision's transforms, bit for bit.
 """
 
+import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -55,9 +55,9 @@ class DeviceLoader:
         self._normalize = Normalize(dataset.data_config, device)
         self._erasing, self._erased_seeds = None, range(0)
         if dataset.erasing is not None:
-            mode, count = dataset.erasing.mode, dataset.erasing.max_count
-            self._erasing = RandomErasing(1.0, mode=mode, max_count=count, device=device)
             self._erased_seeds = range(int(dataset.erasing.probability * NUM_SEEDS))
+            self._erasing = copy.copy(dataset.erasing)
+            self._erasing.probability, self._erasing.device = 1.0, device
         is_cpu = device.type == "cpu"
         place = torch.default_generator if is_cpu else torch.get_device_module(device)
         self._seed_device = place.manual_seed  # torch.manual_seed is slow, and seeds every device

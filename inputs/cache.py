@@ -134,10 +134,11 @@ class CachedLoader:
         draws = self._draws() if self._trains else None
         for keys in self._batches:
             index = torch.tensor([key.index for key in keys] if self._trains else keys)
-            images = self.images[index.to(self.images.device)]
+            images = self.images[index.to(self.images.device, non_blocking=True)]
             if draws is not None:
                 repetition = torch.tensor([key.repetition for key in keys])
-                images = crop_and_flip(images, draws[:, repetition, index].to(images.device))
+                own = draws[:, repetition, index].to(images.device, non_blocking=True)
+                images = crop_and_flip(images, own)
             is_bad, seeds = torch.tensor([[0], [-1]]).expand(2, len(keys))
             yield images, self.targets[index], is_bad, seeds
 

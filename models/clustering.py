@@ -16,6 +16,7 @@ SMALL_PRODUCT = 16  # rows up to which `inner_products` avoids the matrix produc
 # Of a matrix of tokens by tokens this many elements are in memory at a time (all of it at 224
 # pixels), but as many rows at least, since more blocks make larger graphs.
 BLOCK_ELEMENTS, BLOCK_ROWS = 2**17, 128
+QUERY_ROWS = 512  # queries whose attention logits are in memory at a time
 
 
 @contextmanager
@@ -81,9 +82,11 @@ def gather_tokens(x: Tensor, token_idx: Tensor) -> Tensor:
         (B, L, D) the picked tokens, bit for bit.
     """
     batch, num_tokens, dim = x.shape
-    first = torch.arange(batch, device=x.device).unsqueeze(1) * num_tokens  # (B, 1)
-    rows = x.reshape(batch * num_tokens, dim).index_select(0, (token_idx + first).flatten())
-    return rows.view(batch, token_idx.shape[1], dim)
+    image = torch.arange(batch, device=x.device).unsqueeze(1)  # (B, 1)
+    if not x.is_contiguous():  # as without the prefix tokens: rows of a view need all of it copied
+        return x[image, token_idx]
+    index = (token_idx + image * num_tokens).flatten()
+    return x.view(batch * num_tokens, dim).index_select(0, index).view(*token_idx.shape, dim)
 
 
 def descending_rank(values: Tensor) -> Tensor:
@@ -128,18 +131,22 @@ def attention_received(
     Returns:
         (B, L) float32 attention in [0, 1], summing to 1 over all tokens; differentiable.
     """
-    logits = matmul_float32((queries.float() * scale).flatten(0, 1), keys.flatten(0, 1).mT)
-    logits = logits.unflatten(0, queries.shape[:2])  # (B, H, L, L)
-    if bias is not None:
-        logits = logits + bias[:, None, None]
-    return logits.softmax(dim=-1).mean(dim=(1, 2))
+    heads, length = queries.shape[1:3]
+    keys, received = keys.flatten(0, 1), 0.0
+    for some in queries.split(QUERY_ROWS, dim=2):  # never all L x L logits at once
+        logits = matmul_float32((some.float() * scale).flatten(0, 1), keys.mT)
+        logits = logits.unflatten(0, (-1, heads))  # (B, H, rows, L)
+        if bias is not None:
+            logits = logits + bias[:, None, None]
+        received = received + logits.softmax(dim=-1).sum(dim=(1, 2))  # (B, L)
+    return received / (heads * length)
 
 
 def in_blocks(function: Callable[[slice], Tensor], num_rows: int, num_columns: int) -> Tensor:
     """A function of the rows of a large matrix, called with some of them at a time.
 
-    All blocks are equally long, the last one by beginning early: products of one shape round equal
-    tokens equally.
+    Eagerly run, only so much is in memory; a compiler may compute blocks together. All are equally
+    long, the last one by beginning early: products of one shape round equal tokens equally.
 
     Args:
         function: rows -> (B, rows, *).
@@ -162,31 +169,33 @@ class SquaredDistances:
     """Squared Euclidean distances divided by the channel count, by rows of the Gram matrix.
 
     Centring first keeps the products small; the squared norms come from the Gram matrix's own
-    diagonal, so bit-identical tokens, and a token and itself, are exactly 0 apart. The rows looked
-    at last stay in memory, so that a matrix of one block is computed once.
+    diagonal, so bit-identical tokens, and a token and itself, are exactly 0 apart. The rows asked
+    for last are kept: one block is computed once, of several every pass computes each anew.
     """
 
     def __init__(self, x: Tensor) -> None:
         """Takes tokens x (B, M, D)."""
         x = x.float()
         self.centred = x - x.mean(dim=1, keepdim=True)
-        self._rows, self._gram = None, None
+        self._rows = self._gram = self._squared = None
         self.norms = in_blocks(self._diagonal, x.shape[1], x.shape[1])  # (B, M)
 
     def __call__(self, rows: slice) -> Tensor:
         """(B, rows, M) float32, >= 0: from some tokens to all of them."""
-        gram, norms = self._products(rows), self.norms
-        # In place: at these sizes fresh memory costs a CPU more than the arithmetic.
-        squared = (norms[:, rows].unsqueeze(2) + norms.unsqueeze(1)).sub_(gram, alpha=2)
-        return squared.clamp_(min=0).div_(self.centred.shape[2])
+        if rows != self._rows or self._squared is None:
+            gram, norms = self._products(rows), self.norms
+            # In place: at these sizes fresh memory costs a CPU more than the arithmetic.
+            squared = (norms[:, rows].unsqueeze(2) + norms.unsqueeze(1)).sub_(gram, alpha=2)
+            self._squared, self._gram = squared.clamp_(min=0).div_(self.centred.shape[2]), None
+        return self._squared
 
     def _diagonal(self, rows: slice) -> Tensor:
         token = torch.arange(rows.stop - rows.start, device=self.centred.device)
         return self._products(rows)[:, token, token + rows.start]  # (B, rows)
 
     def _products(self, rows: slice) -> Tensor:
-        if rows != self._rows:
-            self._gram = None  # free it before the next is there
+        if rows != self._rows or self._gram is None:
+            self._gram = self._squared = None  # free them before the next are there
             self._rows, self._gram = rows, inner_products(self.centred[:, rows], self.centred)
         return self._gram
 
@@ -295,7 +304,11 @@ def match_patches(x: Tensor, num_pairs: int, num_prefix_tokens: int = 1) -> Tens
 
 
 def nearest_targets(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The most cosine-similar target of every source, those at `first`, `first` + 2, ... of (B, N).
+    """The most cosine-similar target of every source.
+
+    Args:
+        x: (B, N, D) tokens.
+        first: 0 or 1, the place of the first source; targets stand between the sources.
 
     Returns:
         (B, sources) float32 similarity, at most `MAX_COSINE`, and (B, sources) int64 index among

@@ -184,14 +184,15 @@ def merge_tokens(
     if normalize:
         weights = group_shares(weights, assignment, num_members)
     last = _last_members(assignment, num_groups)
+    lone = gather_tokens(x, last)  # (B, K, D) used only where the group has no other member
+    if not normalize:
+        lone = (lone * weights.gather(1, last).unsqueeze(-1)).to(x.dtype)
+    is_lone, values = (num_members == 1).unsqueeze(-1), x.float()
 
     def merge(groups: slice) -> Tensor:
         matrix = group_matrix(weights, assignment, groups)  # (B, groups, N)
-        merged = matmul_float32(matrix, x).to(x.dtype)  # (B, groups, D)
-        lone = gather_tokens(x, last[:, groups])  # used only where the group has no other member
-        if not normalize:
-            lone = (lone * weights.gather(1, last[:, groups]).unsqueeze(-1)).to(x.dtype)
-        return torch.where((num_members[:, groups] == 1).unsqueeze(-1), lone, merged)
+        merged = matmul_float32(matrix, values).to(x.dtype)  # (B, groups, D)
+        return torch.where(is_lone[:, groups], lone[:, groups], merged)
 
     return in_blocks(merge, num_groups, x.shape[1])  # (B, K, D)
 
@@ -210,15 +211,15 @@ def group_shares(weights: Tensor, assignment: Tensor, num_members: Tensor) -> Te
 def heaviest_members(assignment: Tensor, weights: Tensor, num_groups: int) -> Tensor:
     """(B, K) index of the member of each group with the greatest weight; ties: the lower index.
 
-    Takes assignments and weights (B, N); every group has a member.
+    Takes assignments and weights (B, N); no weight is negative.
     """
-    order = weights.argsort(dim=-1, descending=True, stable=True)  # (B, N)
-    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    group = assignment.gather(1, order)
-    slots = torch.where(group < 0, num_groups, group)  # dropped tokens: an extra slot
-    first = torch.zeros_like(order[:, :1]).expand(-1, num_groups + 1)
-    first = first.scatter_reduce(1, slots, position, "amin", include_self=False)
-    return order.gather(1, first[:, :num_groups])
+
+    def heaviest(groups: slice) -> Tensor:
+        group = torch.arange(groups.start, groups.stop, device=assignment.device)
+        is_member = assignment.unsqueeze(1) == group.view(1, -1, 1)  # (B, groups, N)
+        return torch.where(is_member, weights.unsqueeze(1), -1.0).max(dim=-1).indices
+
+    return in_blocks(heaviest, num_groups, assignment.shape[1])
 
 
 def _last_members(assignment: Tensor, num_groups: int) -> Tensor:
@@ -392,9 +393,10 @@ def assign_bat(stage: Stage, budget: TokenBudget) -> Tensor:
     """
     order = stage.importance.argsort(dim=-1, descending=True, stable=True)  # (B, N)
     attentive, inattentive = order.split([budget.attentive, budget.inattentive], dim=1)
-    groups = match_pairs(gather_tokens(stage.features, attentive), budget.pairs)  # (B, A)
+    features = stage.features
+    groups = match_pairs(gather_tokens(features, attentive), budget.pairs)  # (B, A)
     if budget.clusters > 0:
-        tokens = gather_tokens(stage.features, inattentive)  # (B, M, *)
+        tokens = gather_tokens(features, inattentive)  # (B, M, *)
         clusters = density_peaks(tokens, budget.clusters, stage.neighbors)
         clusters = clusters + (budget.kept - budget.clusters)
     else:

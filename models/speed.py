@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .complexity import check_adjustable
 from .vit import ReducingTransformer
 
 Call = Callable[[], object]
@@ -53,8 +52,7 @@ def compiled(function: Callable, setting: Setting) -> Callable:
     graph = torch.compile(call, fullgraph=True, dynamic=False, mode=setting.compile_mode)
 
     def begin(*inputs):
-        if setting.compile_mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # of use where the mode has CUDA graphs
         return graph(*inputs)
 
     return begin
@@ -105,11 +103,7 @@ def measure_keep_rates(
         model: in evaluation mode, on the device; its own keep rate is not changed.
         images: (B, 3, height, width) on the device.
         setting: how to run and time.
-
-    Raises:
-        ValueError: the keep rate does not change the cost of the model.
     """
-    check_adjustable(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     runs = []
     for rate in MEASURED_RATES:

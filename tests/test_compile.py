@@ -10,7 +10,7 @@ from conftest import build_tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import REDUCTIONS
+from models import REDUCTIONS, clustering
 from models.reduction import Reduction
 
 BATCH_SIZES = (2, 5, 3)
@@ -53,6 +53,27 @@ def test_one_graph_for_all_batch_sizes(method: str) -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         assert torch.equal(assignments[0], expected_assignments[0])
         assert counter.frame_count == 1, f"compiled again for a batch of {batch_size}"
+
+
+@pytest.mark.parametrize("method", ["bat", "dpcknn"])
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_one_graph_of_several_blocks(method: str, importance: str, monkeypatch) -> None:
+    """As with larger images; a stage of 64 tokens is cut to blocks here."""
+    model = build_tiny(
+        img_size=64, reduction=method, reduction_loc=(1,), keep_rate=0.7, importance=importance
+    )
+    images = draw_images(2)
+    images = torch.nn.functional.interpolate(images, 64)
+    expected, groups = model.forward_with_assignments(images)
+    for name, value in (("BLOCK_ROWS", 17), ("BLOCK_ELEMENTS", 1), ("QUERY_ROWS", 30)):
+        monkeypatch.setattr(clustering, name, value)
+    compiled, counter = compile_counted(model.forward_with_assignments, "aot_eager")
+    exported = torch.export.export(model, (images,)).module()
+    for logits, assignments in (model.forward_with_assignments(images), compiled(images)):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        assert torch.equal(assignments[0], groups[0])
+    torch.testing.assert_close(exported(images), expected, rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_one_graph_with_a_method_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

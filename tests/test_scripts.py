@@ -99,10 +99,14 @@ def test_the_study_has_its_runs(tmp_path, size, count):
     [
         ("cpu", {}, "eager compiled autotuned operation stage train pixels384 memory"),
         ("gpu", {"LIMIT": 70}, "operation eager stage train pixels384"),
-        ("gpu", {"LIMIT": 600, "DEVICE": "cpu"}, "operation eager compiled graphs stage train "
-         "train_compiled pixels384 compiled_others"),
+        (
+            "gpu",
+            {"LIMIT": 600, "DEVICE": "cpu", "METHODS": "topk evit"},
+            "operation eager compiled graphs stage train train_compiled pixels384 compiled_topk "
+            "compiled_evit",
+        ),
     ],
-)  # fmt: skip
+)
 def test_benchmarks(tmp_path, script, settings, folders):
     commands = run_script(tmp_path, f"benchmark_{script}.sh", "--warmup", "7", **settings)
     parsed = [benchmark.get_args_parser().parse_args(words[3:]) for words in commands]

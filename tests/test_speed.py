@@ -81,7 +81,7 @@ def test_a_saved_table_is_not_measured_again(saved: list[str], call_main: RunMai
         (["--target-ms", "1", "--batch-size", "2"], "another batch_size"),
         (["--target-ms", "1", "--reduction", "topk"], "another reduction"),
         (["--target-ms", "0.01"], "--target-ms 0.01: even keep rate 0.1 takes 20 ms"),
-        (["--target-ms", "1", "--save-speed", "", "--reduction-loc"], "a model that reduces"),
+        (["--target-ms", "1", "--reduction-loc"], "a model that reduces"),
         (["--target-ms", "1", "--target-gmacs", "1"], "not with --target-gmacs"),
     ],
 )
@@ -92,8 +92,8 @@ def test_no_answer(saved: list[str], call_main: RunMain, flags: list[str], expec
 
 def test_a_damaged_table(tmp_path: Path, call_main: RunMain) -> None:
     for content in ("", "[]", "{}", '{"of": 1}'):
-        (tmp_path / "speed.json").write_text(content)
-        done = call_main(
-            "--describe", *TINY_FLAGS, "--target-ms", "1", "--save-speed", tmp_path / "speed.json"
-        )
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        file = tmp_path / "speed.json"
+        file.write_text(content)
+        done = call_main("--describe", *TINY_FLAGS, "--target-ms", "1", "--save-speed", file)
+        assert done.returncode == 2 and f"--save-speed {file}: " in done.stderr
+        assert len(done.stderr.splitlines()) == 1

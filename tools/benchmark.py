@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from arguments import (
     ArgumentParser,
@@ -31,7 +32,7 @@ from models.speed import Call, Setting, compiled, inference, time_rounds
 from models.vit import Attended, ReducingBlock, find_importance, project
 from tools import timing
 from tools.timing import median_ratio, peak_mebibytes, resident_bytes
-from utils import InputError, init_process, run_script
+from utils import InputError, find_device, run_script
 
 HELP = """Measures inference, training steps or the reduction stages of models with random weights,
 beside timm's dense model. Every method at every keep rate is a line of one table, printed and
@@ -119,8 +120,8 @@ def measure_models(
     position = {(c.reduction, c.keep_rate): index for index, c in enumerate(candidates)}
     for images in batches:
         runs = [inference(c.model, setting, images) for c in candidates]
-        reading = partial(read_weights, candidates[0].model)
-        *times, read = time_rounds([*runs, reading], setting).numpy()
+        weights = parameters_to_vector(candidates[0].model.parameters()).detach()
+        *times, read = time_rounds([*runs, weights.sum], setting).numpy()
         for run, own, candidate, latency in zip(runs, times, candidates, latencies, strict=True):
             memory = peak_mebibytes(run, setting, resident=resident_bytes(candidate.model))
             speedup = median_ratio(times[0], own)
@@ -141,12 +142,6 @@ def measure_models(
                 "vs_topk": np.nan if topk is None else median_ratio(times[topk], own),
                 "seconds": own.tolist(),
             }
-
-
-@torch.inference_mode()
-def read_weights(model: nn.Module) -> Tensor:
-    """Reads every weight of a model once, and computes next to nothing: their sum."""
-    return torch.stack([weight.sum() for weight in model.parameters()])
 
 
 def _latencies(candidates: Sequence[Candidate], image: Tensor, setting: Setting) -> list[dict]:
@@ -300,6 +295,7 @@ def measure_stages(
 
 PROFILED_CALLS = 10
 MOST_OPERATIONS = 10  # of a candidate
+LONGEST_NAME = 80  # of an operation; some of a GPU's kernels have ten times as many letters
 OPERATIONS_PROTOCOL = [
     f"the {MOST_OPERATIONS} operations (on a GPU: kernels) that take most of a forward pass; ms: "
     f"without what they call, mean of {PROFILED_CALLS} forward passes under PyTorch's profiler",
@@ -320,7 +316,8 @@ def measure_operations(
             total = sum(seconds for _, seconds in own_times.values())
             for name, (calls, seconds) in list(own_times.items())[:MOST_OPERATIONS]:
                 shares = {"ms": 1e3 * seconds, "share": seconds / total, "calls": calls}
-                yield candidate.name_line(images) | {"operation": name} | shares
+                short = "".join(name.split())[:LONGEST_NAME]
+                yield candidate.name_line(images) | {"operation": short} | shares
 
 
 # Command line -----------------------------------------------------------------------------------
@@ -382,7 +379,7 @@ def get_args_parser() -> ArgumentParser:
 
 def make_setting(args: Namespace) -> Setting:
     """The device and the settings that the flags name; InputError when they do not go together."""
-    device = init_process(args.device)
+    device = find_device(args.device)
     if args.compile == "reduce-overhead" and device.type != "cuda":
         raise InputError(f"--compile reduce-overhead needs a GPU, the device is {device}")
     if args.what == "stage" and args.reduction_loc == []:

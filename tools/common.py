@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import utils
 from arguments import (
     ArgumentParser,
     add_data_arguments,
@@ -33,7 +34,6 @@ from models.reduction import ReducedTokens
 from models.vit import REDUCTION_KEYWORDS
 from utils import (
     InputError,
-    init_process,
     logger,
     refusing,
     seed_everything,
@@ -80,7 +80,7 @@ def find_device(args: Namespace) -> torch.device:
     """The device that the flags name; `InputError` under a launcher."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("this tool runs in one process, without torchrun")
-    return init_process(args.device)
+    return utils.find_device(args.device)
 
 
 def load_model(args: Namespace, path: str, device: torch.device) -> ReducingTransformer:

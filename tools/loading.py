@@ -21,7 +21,7 @@ from inputs.images import allow_posterize_to_black
 from models.speed import Setting, time_rounds
 from samplers import EvalSampler, TrainSampler
 from tools import timing
-from utils import init_process, run_script
+from utils import find_device, run_script
 
 HELP = """Measures how many images a second the input pipeline makes of an ImageFolder, in training
 (DeiT's augmentation) and in evaluation, beside timm's prefetching loader with the same settings."""
@@ -119,7 +119,7 @@ def run_through(batches: Iterable) -> None:
 
 def run(args: Namespace, command: str) -> int:
     """Measures, prints and writes; returns the exit code."""
-    device = init_process(args.device)
+    device = find_device(args.device)
     setting = Setting(device, repetitions=args.repetitions, warmup=args.warmup)
     about = timing.environment() | {"command": command, "device": str(device)}
     timing.report(measure(args, setting), PROTOCOL, about, args.output_dir, "loading")

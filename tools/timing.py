@@ -65,13 +65,13 @@ def operations(run: Call, setting: Setting, *, calls: int) -> dict[str, tuple[fl
         setting.synchronize()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = [event for event in recorded.key_averages() if event.device_type == kind]
+    events = [
+        event
+        for event in recorded.key_averages()
+        if event.device_type == kind and not event.is_user_annotation
+    ]
     events.sort(key=lambda event: getattr(event, field), reverse=True)
-    own = {}
-    for event in events:
-        name = "".join(event.key.split())[:80]  # kernels have the longest names
-        own[name] = event.count / calls, getattr(event, field) / 1e6 / calls
-    return own
+    return {e.key: (e.count / calls, getattr(e, field) / 1e6 / calls) for e in events}
 
 
 def _profile(*, on_gpu: bool, memory: bool = False) -> profile:
