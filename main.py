@@ -290,6 +290,8 @@ def find_speed(
     args: argparse.Namespace, model: ReducingTransformer, model_args: dict, device: torch.device
 ) -> dict[float, float]:
     """Milliseconds of a forward pass by keep rate: from --save-speed's file, or measured now."""
+    if get_world_size() > 1:
+        raise InputError("--target-ms measures one process: run it without a launcher")
     with refusing("--target-ms"):
         check_adjustable(model)
     amp, machine = find_amp(args.amp, device), versions()
