@@ -392,9 +392,11 @@ def writing(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except (OSError, RuntimeError) as problem:
-        if not isinstance(problem, OSError) and not isinstance(problem.__context__, OSError):
-            raise  # what torch.save makes of an OSError has it as its context
-        reason = getattr(problem, "strerror", None) or str(problem).strip().partition("\n")[0]
+        # torch.save fails at what an OSError left, and has it as its context.
+        cause = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause).strip().partition("\n")[0]
         raise OutputError(f"cannot write {path}: {reason}") from problem
 
 

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 from unittest.mock import Mock
 
 import pytest
@@ -173,6 +174,32 @@ def test_interrupted_writing_leaves_the_old_file(
     assert load_checkpoint(path)["epoch"] == 2
     with pytest.raises(RuntimeError, match="out of memory"):  # no failure to write
         write_atomically(path, Mock(side_effect=RuntimeError("CUDA error: out of memory")))
+
+
+def test_disk_that_is_full_for_a_moment(tmp_path: Path) -> None:
+    """`torch.save` ends its file all the same; what that makes of the gap is not the reason."""
+    state = {str(index): torch.zeros(9000) for index in range(4)}
+
+    class File:
+        def __init__(self, file: IO[bytes], fails_at: int) -> None:
+            self.file, self.left, self.flush = file, fails_at, file.flush
+
+        def write(self, data: bytes) -> int:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+    def save(fails_at: int) -> None:
+        write_atomically(tmp_path / "a.pth", lambda file: torch.save(state, File(file, fails_at)))
+
+    causes = set()
+    for fails_at in range(1, 40):
+        with pytest.raises(OutputError, match=r"/a.pth: No space left on device$") as raised:
+            save(fails_at)
+        causes.add(type(raised.value.__cause__))
+        assert not os.listdir(tmp_path)
+    assert causes == {OSError, RuntimeError}
 
 
 def test_minutes_are_agreed_on_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

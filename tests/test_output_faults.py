@@ -42,8 +42,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(disk: Path) -> Callable[[], None]:
+def fill(disk: Path, run: Run | None = None) -> Callable[[], None]:
     """Leaves no room on a disk; in an ordinary folder, none for the files that are written next.
+
+    Args:
+        disk: the folder of `small_disk`.
+        run: until it ends, the room of the checkpoints that it removes is taken too.
 
     Returns:
         What makes room again.
@@ -57,9 +61,12 @@ def fill(disk: Path) -> Callable[[], None]:
         return lambda: [path.unlink(missing_ok=True) for path in full]
     filler = disk / "filler"
     file = os.open(filler, os.O_WRONLY | os.O_CREAT)
-    with pytest.raises(OSError, match="No space left"):
-        while True:
+    is_full = False
+    while not is_full or (run and run.poll() is None):
+        try:
             os.write(file, bytes(512))
+        except OSError:
+            is_full = True
     os.close(file)
     return filler.unlink
 
@@ -82,7 +89,7 @@ def test_full_disk(
     flags += ["--checkpoint-interval", "1", "--keep-checkpoints", "2"]
     run = launcher.main(*flags)
     run.wait_for((small_disk / "checkpoint.1.pth").exists)
-    make_room = fill(small_disk)
+    make_room = fill(small_disk, run)
     assert_one_line(run, str(small_disk), "No space left on device")
     assert not list(small_disk.glob("checkpoint*.partial"))
     before = progress(small_disk)
