@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from timm.layers import to_2tuple
 from timm.utils.misc import ParseKwargs
 
@@ -165,7 +165,7 @@ def _num_cores() -> int:
 
 
 def finite(text: str) -> float:
-    """argparse's type for a number that is neither infinite nor none."""
+    """argparse's type for a number that is neither infinite nor NaN."""
     if not math.isfinite(value := float(text)):
         raise ValueError
     return value
@@ -555,21 +555,11 @@ def model_arguments(
 
 def pretrained_config(model_name: str) -> dict:
     """Input size and the other values of `data_config` for timm's weights of a model, or DeiT's."""
-    config = {
-        "input_size": DEFAULT_SIZE,
-        "crop_pct": DEFAULT_CROP,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bicubic",
-        "crop_mode": "center",
-    }
-    try:
+    known = None
+    with suppress(Exception):  # no name, or no tag of it: building the model says so
         known = timm.get_pretrained_cfg(model_name)
-    except Exception:  # no name, or no tag of it: building the model says so
-        known = None
-    if known is None:
-        return config
-    return {name: getattr(known, name) for name in config} | {"input_size": known.input_size[1:]}
+    config = resolve_data_config({"in_chans": 3}, known.to_dict() if known else None)
+    return config | {"input_size": config["input_size"][1:]}
 
 
 def data_config(

@@ -61,6 +61,7 @@ from utils import (
     refusing,
     versions,
     write_atomically,
+    write_text,
     writing,
 )
 
@@ -85,8 +86,8 @@ FIRST_REDUCTION = {
     "match_ratio": 0.1, "merge_weights": "importance", "features": "tokens",
     "density_neighbors": 5, "proportional_attention": "off", "reduction_seed": 0,
 }  # fmt: skip
-# Plain values in the `args` of DeiT's and EViT's runs, under all the names that versions of NumPy
-# and Python give them. Any path comes back as a pure one: its text, which touches no file.
+# Plain values in the `args` of DeiT's and EViT's runs. NumPy and Python have moved these types from
+# module to module, so all their names are listed. Paths are read as PurePosixPath: mere text.
 SAFE_GLOBALS = [
     argparse.Namespace,
     np.dtype,
@@ -159,6 +160,8 @@ def _read_hub(source: str) -> dict:
             config = load_cfg_from_json(download_from_hf(name, "config.json"))
             weights = load_state_dict_from_hf(name, weights_only=True)
     else:
+        if not os.path.exists(Path(source, "config.json")):
+            raise InputError("it is a folder without config.json: name one of its files")
         config = load_cfg_from_json(Path(source, "config.json"))
         weights = load_state_dict_from_path(Path(source))
     known = config["pretrained_cfg"]
@@ -792,9 +795,8 @@ class RunFolder:
             kept = [entry for entry in read_log(self.log_path) if entry["epoch"] < first_epoch]
             lines = "".join(json.dumps(entry) + "\n" for entry in kept)
             # Always written anew: a crash may have cut off the last line.
-            write_atomically(self.log_path, lambda file: file.write(lines.encode()))
-            text = json.dumps(facts, indent=2) + "\n"
-            write_atomically(self.folder / "args.json", lambda file: file.write(text.encode()))
+            write_text(self.log_path, lines)
+            write_text(self.folder / "args.json", json.dumps(facts, indent=2) + "\n")
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=first_epoch)
 
     def _set_aside(self) -> None:

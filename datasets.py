@@ -272,25 +272,32 @@ def build_dataset(
     """Builds the training or the validation set, and gives its number of classes too.
 
     Several processes call it in turns (`utils.in_turns`), since it may download or draw the images.
-    Of `args` it reads data_set, data_path, seed, bad_images, max_image_pixels, download,
-    inat_category, what `build_transform` reads and, for training, reprob, remode and recount.
+    Of `args` it reads seed, bad_images, what `build_source` and `build_transform` read and, for
+    training, reprob, remode and recount.
+    """
+    transform = build_transform(is_train, args, data_config)
+    erasing = build_erasing(args) if is_train else None
+    policy = {"erasing": erasing, "seed": args.seed, "bad_images": args.bad_images}
+    dataset = SampleDataset(build_source(is_train, args), transform, data_config, **policy)
+    return dataset, len(dataset.classes)
+
+
+def build_source(is_train: bool, args: Namespace) -> VisionDataset:
+    """torchvision's training or validation set, which gives images as they are.
+
+    Of `args` it reads data_set, data_path, max_image_pixels, download and inat_category.
     """
     root = Path(os.path.expanduser(args.data_path))
     if args.data_set not in DATA_SETS:
         raise InputError(f"data_set is {args.data_set!r}, allowed: {', '.join(DATA_SETS)}")
-    transform = build_transform(is_train, args, data_config)
-    erasing = build_erasing(args) if is_train else None
     may_be_made = args.data_set == "DEMO" or (args.download and args.data_set != "IMNET")
     if not os.path.isdir(root) and not may_be_made:  # pathlib's raises below a locked folder
         raise InputError(f"data path {root} does not exist or is not a folder")
     try:
-        source = DATA_SETS[args.data_set](root, is_train, args)
+        return DATA_SETS[args.data_set](root, is_train, args)
     except InputError:
         raise
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         advice = "try again later" if args.download else "--download fetches it"
         reason = textwrap.shorten(str(error), 300)
         raise InputError(f"cannot read {args.data_set} in {root} ({advice}): {reason}") from error
-    policy = {"erasing": erasing, "seed": args.seed, "bad_images": args.bad_images}
-    dataset = SampleDataset(source, transform, data_config, **policy)
-    return dataset, len(dataset.classes)

@@ -59,7 +59,7 @@ class TrainOptions:
     print_freq: int = 10
     seed: int = 0
     training_mode: bool = True
-    keep_rate_at: Callable[[float], Sequence[float]] | None = None
+    keep_rate_at: Callable[[float], tuple[float, ...]] | None = None
     shrink_by_step: bool = True
 
 
@@ -90,6 +90,11 @@ class TrainState:
     updates: int = 0
     best: dict[str, float] = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The model and, if there is one, its exponential moving average."""
+        return (self.model,) if self.ema is None else (self.model, self.ema.module)
 
     def state_dict(self) -> dict:
         """Tensors and plain values that `load_state_dict` takes."""
@@ -142,20 +147,6 @@ def shrunk_keep_rate(
     )
 
 
-def set_keep_rate(state: TrainState, keep_rates: Sequence[float]) -> None:
-    """Sets the keep rates of the model and of its exponential moving average."""
-    state.model.set_keep_rate(keep_rates)
-    if state.ema is not None:
-        state.ema.module.set_keep_rate(keep_rates)
-
-
-def set_layer_wise(state: TrainState, layer_wise: bool) -> None:
-    """Turns Evo-ViT's layer-wise warm-up on or off, in the model and in its moving average."""
-    state.model.layer_wise = layer_wise
-    if state.ema is not None:
-        state.ema.module.layer_wise = layer_wise
-
-
 def _autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
 
@@ -176,8 +167,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Trains for one epoch, or for the rest of one.
 
-    What an update tells the host (loss, gradient norm, bad images, stop requests) is read when the
-    device has been given the next one, so that it never runs out of work. Nothing is unread when a
+    What an update tells the host (loss, gradient norm, bad images, stop requests) is read one
+    update later, so that the device never waits for the host. Nothing is unread when a
     checkpoint is written, an epoch ends or a `PreemptedError` leaves. With fp16 the gradient scaler
     waits for the device by itself, unless the optimizer is a fused one.
 
@@ -252,7 +243,8 @@ def _shrink(state: TrainState, options: TrainOptions, step: int, num_steps: int)
     """Sets the keep rate of one of the epoch's steps, if there is a schedule."""
     if options.keep_rate_at is not None:
         within = step / num_steps if options.shrink_by_step else 0
-        set_keep_rate(state, options.keep_rate_at(state.epoch + within))
+        for model in state.models:
+            model.set_keep_rate(options.keep_rate_at(state.epoch + within))
 
 
 def _new_metrics(saved: dict) -> MetricLogger:
@@ -270,7 +262,7 @@ def _read(unread: deque, num_left: int, state: TrainState, metrics: MetricLogger
     It comes from all processes, so that all stop after the same update. With fp16 a gradient may
     overflow now and then: the scaler has then skipped the step by itself.
     """
-    lr, stopping = state.optimizer.param_groups[0]["lr"], False
+    lr, stopping = max(group["lr"] for group in state.optimizer.param_groups), False
     while len(unread) > num_left:
         step, read = unread.popleft()
         loss, norm, num_bad, num_stops = read()

@@ -27,7 +27,6 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from arguments import (
     DEFAULT_DROP_PATH,
@@ -55,12 +54,10 @@ from engine import (
     TrainOptions,
     TrainState,
     evaluate,
-    set_keep_rate,
-    set_layer_wise,
     shrunk_keep_rate,
     train_one_epoch,
 )
-from inputs.batches import DeviceLoader
+from inputs.batches import DeviceLoader, device_loader
 from inputs.cache import build_cached_loader
 from losses import CosubLoss, DistillationLoss, TwoHeadLoss
 from models import (
@@ -73,12 +70,10 @@ from models import (
 )
 from models.complexity import check_adjustable
 from models.speed import MEASURED_RATES, Setting, fast_enough, measure_keep_rates
-from samplers import EvalSampler, TrainSampler
+from samplers import TrainSampler
 from utils import (
     AMP_DTYPES,
-    EXIT_NOT_WRITTEN,
     InputError,
-    OutputError,
     StopRequest,
     barrier,
     check_agreement,
@@ -94,10 +89,10 @@ from utils import (
     logger,
     make_deterministic,
     refusing,
+    run_script,
     seed_everything,
-    setup_logging,
     versions,
-    write_atomically,
+    write_text,
 )
 
 EXIT_DIVERGED = 3
@@ -160,25 +155,24 @@ def build_val_loader(
     args: argparse.Namespace, dataset: SampleDataset, device: torch.device
 ) -> DeviceLoader:
     """Batches of this process's share of the validation set, or of all of it."""
-    ranks = {"rank": get_rank(), "world_size": get_world_size()} if args.dist_eval else {}
-    return _build_loader(args, dataset, EvalSampler(len(dataset), **ranks), device)
+    rank, world_size = (get_rank(), get_world_size()) if args.dist_eval else (0, 1)
+    return _build_loader(args, dataset, range(rank, len(dataset), world_size), device)
 
 
 def _build_loader(args, dataset, sampler, device) -> DeviceLoader:
     if args.image_cache:
         batches = build_cached_loader(args, dataset, sampler, device)
         return DeviceLoader(batches, dataset, device)
-    batches = DataLoader(
+    return device_loader(
         dataset,
+        device,
         batch_size=args.batch_size,
         sampler=sampler,
         num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
+        pin_memory=args.pin_mem,
         drop_last=isinstance(sampler, TrainSampler),
-        persistent_workers=args.num_workers > 0,
         worker_init_fn=ignore_stop_signals,
     )
-    return DeviceLoader(batches, dataset, device)
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -318,8 +312,7 @@ def find_speed(
     images = torch.randn(args.batch_size, 3, *model.patch_embed.img_size).to(device)
     milliseconds = measure_keep_rates(model.eval().to(device), images, setting)
     if args.save_speed:
-        content = json.dumps({"of": what, "milliseconds": milliseconds}, indent=1)
-        write_atomically(path, lambda file: file.write(content.encode()))
+        write_text(path, json.dumps({"of": what, "milliseconds": milliseconds}, indent=1))
     return milliseconds
 
 
@@ -395,9 +388,9 @@ def train_options(
 def wrap_model(model: ReducingTransformer, device: torch.device, *, compiled: bool) -> nn.Module:
     """The model to call in training: compiled, and with gradients shared among processes.
 
-    The order in which gradients are summed follows from the buckets that they are in, and these are
-    made anew once, after the first backward pass. An empty one comes first, so that a resumed run
-    sums in the order of an undisturbed one.
+    DistributedDataParallel makes its buckets of gradients anew after the first backward pass, which
+    changes the order of the sums. A pass whose gradients are 0 gets that over before the training,
+    so that a resumed run sums in the order of an undisturbed one.
     """
     wrapped = model
     if dist.is_initialized():
@@ -491,18 +484,15 @@ def save_checkpoint(state: TrainState, folder: RunFolder | None, device: torch.d
     barrier(device)
 
 
-def change_keep_rate(state: TrainState, keep_rates: Sequence[float], *, compiled: bool) -> None:
-    """Sets the keep rates; graphs that were compiled for others are of no more use."""
-    if compiled and state.model.keep_rates != tuple(keep_rates):
-        torch.compiler.reset()
-    set_keep_rate(state, keep_rates)
-
-
-def change_layer_wise(state: TrainState, layer_wise: bool, *, compiled: bool) -> None:
-    """Starts or ends Evo-ViT's layer-wise warm-up, as `change_keep_rate`."""
-    if compiled and state.model.layer_wise != layer_wise:
-        torch.compiler.reset()
-    set_layer_wise(state, layer_wise)
+def change_reduction(
+    state: TrainState, keep_rates: tuple[float, ...], layer_wise: bool, *, compiled: bool
+) -> None:
+    """Sets the keep rates, and starts or ends Evo-ViT's layer-wise warm-up."""
+    if compiled and (state.model.keep_rates, state.model.layer_wise) != (keep_rates, layer_wise):
+        torch.compiler.reset()  # the graphs of before are of no more use
+    for model in state.models:
+        model.set_keep_rate(keep_rates)
+        model.layer_wise = layer_wise
 
 
 def cosub_batch(
@@ -552,7 +542,7 @@ def train(
         for epoch in range(state.epoch, args.epochs):
             # Train
             is_warm_up = epoch < args.evo_layerwise_epochs
-            change_layer_wise(state, is_warm_up, compiled=args.compile)
+            change_reduction(state, state.model.keep_rates, is_warm_up, compiled=args.compile)
             first_step, epoch_begin = state.step, time.time()
             sampler.set_epoch(epoch, start=first_step * args.batch_size)
             result = train_one_epoch(
@@ -570,7 +560,8 @@ def train(
             )
             # Evaluate, at the keep rate that the epoch ends with
             if options.keep_rate_at is not None:
-                change_keep_rate(state, options.keep_rate_at(epoch + 1), compiled=args.compile)
+                rates = options.keep_rate_at(epoch + 1)
+                change_reduction(state, rates, is_warm_up, compiled=args.compile)
             images = (num_steps - first_step) * args.batch_size * get_world_size()
             entry = epoch_entry(state, result, images, time.time() - epoch_begin)
             if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
@@ -705,25 +696,17 @@ def run(args: argparse.Namespace) -> None:
             folder.close()
 
 
-def main(argv: list[str] | None = None) -> int:
-    setup_logging()
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
+def run_to_end(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Runs, and returns the exit code of what ended the run, after saying it in one line."""
     check_args(parser, args)
     try:
         run(args)
         return 0
-    except ValueError as problem:
-        if not getattr(problem, "is_bad_input", False):
-            raise
-        parser.error(str(problem))
     except DivergenceError as problem:
         code, message = EXIT_DIVERGED, f"stopped: {problem}"
     except PreemptedError as problem:
         advice = "--resume auto goes on" if args.output_dir else "nothing is saved: no --output-dir"
         code, message = EXIT_PREEMPTED, f"stopped as asked, {problem}; {advice}"
-    except OutputError as problem:
-        code, message = EXIT_NOT_WRITTEN, f"stopped: {problem}"
     except RuntimeError as problem:
         # gloo's errors have no type of their own
         if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):
@@ -732,6 +715,11 @@ def main(argv: list[str] | None = None) -> int:
         code, message = EXIT_LOST_PROCESS, f"rank {get_rank()} stopped: {reason}"
     logger.error(f"{parser.prog}: {message}")
     return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = get_args_parser()
+    return run_script(parser, partial(run_to_end, parser), argv)
 
 
 if __name__ == "__main__":

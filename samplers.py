@@ -85,20 +85,3 @@ class TrainSampler(Sampler[SampleKey]):
             position = self.rank + step * self.world_size
             index, repetition = divmod(position, self.num_repeats)
             yield SampleKey(order[index], self.epoch, repetition)
-
-
-class EvalSampler(Sampler[int]):
-    """Every index exactly once over all ranks, without padding: rank r takes r, r + world_size, ...
-
-    Ranks may differ by one sample, so an evaluation loop must not communicate once per batch.
-    """
-
-    def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__()
-        self.indices = range(rank, num_samples, world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)

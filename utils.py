@@ -424,6 +424,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def check_writable(folder: str | Path) -> Path:
     """Makes an output folder; InputError when nothing can be written there."""
     folder = Path(os.path.expanduser(folder))  # pathlib's raises for an unknown user

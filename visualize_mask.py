@@ -120,7 +120,7 @@ def get_args_parser() -> ArgumentParser:
     )
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.set_defaults(data_set=None)
+    parser.set_defaults(data_set=None, bad_images="skip")
     # fmt: off
     add = parser.add_argument_group("pictures").add_argument
     add("--data-path", required=True,
@@ -402,6 +402,8 @@ def run(args: Namespace) -> int:
         try:
             image = transform(source.read())
         except BadImageError as problem:
+            if args.bad_images == "error":
+                raise
             print(problem, file=sys.stderr)
             continue
         pictures.append(make_picture(loaded, source, image))

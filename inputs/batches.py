@@ -90,6 +90,20 @@ class DeviceLoader:
         return images, targets.to(self._device, non_blocking=True), is_bad
 
 
+def device_loader(
+    dataset, device: torch.device, *, num_workers: int, pin_memory: bool = True, **options
+) -> DeviceLoader:
+    """A `DeviceLoader` of a `DataLoader` with these options; memory is pinned for GPUs only."""
+    batches = DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=pin_memory and device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        **options,
+    )
+    return DeviceLoader(batches, dataset, device)
+
+
 @contextmanager
 def _kept_random_states(device: torch.device) -> Iterator[None]:
     """Puts the states of the random generators back after the body."""

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler
 from torchvision import transforms
 
 from inputs.images import CROP_PADDING, SMALL_INPUT, cover_and_crop, evaluation_crop
-from samplers import EvalSampler, TrainSampler
+from samplers import TrainSampler
 from utils import InputError, in_turns, logger
 
 AUGMENTATION_STREAM = 0x5DEECE66D  # sets the draws of an epoch apart from its shuffle
@@ -108,7 +108,7 @@ class CachedLoader:
 
     With a `TrainSampler` every image is padded by 4 black pixels, cropped at random and flipped
     with probability 1/2, as `build_transform` does for small inputs; the draws depend on (seed,
-    epoch, index, repetition) alone, and an incomplete last batch is left out. With an `EvalSampler`
+    epoch, index, repetition) alone, and an incomplete last batch is left out. With plain indices
     images are those of `build_transform`. Batches are (images, targets, is_bad, seeds), as a
     `DataLoader` makes them of a `SampleDataset` in evaluation.
     """
@@ -117,7 +117,7 @@ class CachedLoader:
         self,
         images: Tensor,
         targets: Tensor,
-        sampler: TrainSampler | EvalSampler,
+        sampler: TrainSampler | Sequence[int],
         batch_size: int,
     ) -> None:
         """Takes (N, 3, H, W) uint8 images on the device to augment on, (N,) int64 CPU targets."""
@@ -170,7 +170,7 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def build_cached_loader(
-    args: Namespace, dataset, sampler: TrainSampler | EvalSampler, device: torch.device
+    args: Namespace, dataset, sampler: TrainSampler | Sequence[int], device: torch.device
 ) -> CachedLoader:
     """Decodes a data set, or opens what is decoded already, and moves it to the device."""
     check_cacheable(args, dataset)

@@ -6,6 +6,7 @@ is random and says nothing about the class, so that a model has to find the few 
 while the rest stays diverse.
 """
 
+import colorsys
 import json
 import os
 import tempfile
@@ -30,8 +31,7 @@ HUE_SPREAD = 0.5
 
 def _hsv_to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     """(3,) RGB in 0..255 of a colour whose three HSV components are in 0..1."""
-    ramp = np.abs((hue * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
-    return 255 * value * (1 - saturation * (1 - np.clip(ramp, 0, 1)))
+    return 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def _unit(field: np.ndarray) -> np.ndarray:

@@ -145,8 +145,9 @@ def attention_received(
 def in_blocks(function: Callable[[slice], Tensor], num_rows: int, num_columns: int) -> Tensor:
     """A function of the rows of a large matrix, called with some of them at a time.
 
-    Eagerly run, only so much is in memory; a compiler may compute blocks together. All are equally
-    long, the last one by beginning early: products of one shape round equal tokens equally.
+    Eagerly run, only so much is in memory; a compiler may compute blocks together. All blocks are
+    equally long, so the last may overlap the one before: matrix products of one shape round equal
+    tokens equally.
 
     Args:
         function: rows -> (B, rows, *).
@@ -169,8 +170,8 @@ class SquaredDistances:
     """Squared Euclidean distances divided by the channel count, by rows of the Gram matrix.
 
     Centring first keeps the products small; the squared norms come from the Gram matrix's own
-    diagonal, so bit-identical tokens, and a token and itself, are exactly 0 apart. The rows asked
-    for last are kept: one block is computed once, of several every pass computes each anew.
+    diagonal, so bit-identical tokens, and a token and itself, are exactly 0 apart. The last block
+    of rows is kept: a single one is computed once, several are computed anew in every pass.
     """
 
     def __init__(self, x: Tensor) -> None:

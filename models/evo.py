@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .clustering import gather_tokens
+from .reduction import last_members
 
 TRADE_OFF = 0.5  # weight of a block's attention in the score, after the first stage
 
@@ -48,9 +49,7 @@ class SlowFast(NamedTuple):
             The new state, and the (B, kept, D) patches that are active now.
         """
         grid = self.write_back(patches)
-        place = torch.where(assignment < 0, kept, assignment)  # those that wait: an extra place
-        position = torch.arange(grid.shape[1], device=grid.device).expand_as(place)
-        active = position.new_zeros(grid.shape[0], kept + 1).scatter(1, place, position)[:, :kept]
+        active = last_members(assignment, kept)
         return SlowFast(grid, active, self.score), gather_tokens(grid, active)
 
     def update_score(self, row: Tensor, *, trade_off: float) -> "SlowFast":

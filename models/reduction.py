@@ -183,7 +183,7 @@ def merge_tokens(
     num_members = group_sums(torch.ones_like(weights), assignment, num_groups)  # (B, K)
     if normalize:
         weights = group_shares(weights, assignment, num_members)
-    last = _last_members(assignment, num_groups)
+    last = last_members(assignment, num_groups)
     lone = gather_tokens(x, last)  # (B, K, D) used only where the group has no other member
     if not normalize:
         lone = (lone * weights.gather(1, last).unsqueeze(-1)).to(x.dtype)
@@ -222,7 +222,7 @@ def heaviest_members(assignment: Tensor, weights: Tensor, num_groups: int) -> Te
     return in_blocks(heaviest, num_groups, assignment.shape[1])
 
 
-def _last_members(assignment: Tensor, num_groups: int) -> Tensor:
+def last_members(assignment: Tensor, num_groups: int) -> Tensor:
     """(B, K) index of a member of each group; of several, an arbitrary one."""
     position = torch.arange(assignment.shape[1], device=assignment.device).expand_as(assignment)
     slots = torch.where(assignment < 0, num_groups, assignment)  # dropped tokens: an extra slot
@@ -472,14 +472,6 @@ def assign_ppt(stage: Stage, budget: TokenBudget) -> Tensor:
     return torch.where(prunes, pruned, pooled)
 
 
-def assign_evo(stage: Stage, budget: TokenBudget) -> Tensor:
-    """(B, N) Evo-ViT (Xu et al., AAAI 2022): all patches compete, those that lose wait, -1.
-
-    The importance is the score of `models.evo`, and N counts all patches of the image.
-    """
-    return assign_topk(stage, budget)
-
-
 def assign_random(stage: Stage, budget: TokenBudget) -> Tensor:
     """(B, N) control: K tokens stay by one permutation per (seed, stage, N), for every image.
 
@@ -499,6 +491,14 @@ def assign_random(stage: Stage, budget: TokenBudget) -> Tensor:
 def fused_weights(stage: Stage, budget: TokenBudget, assignment: Tensor) -> Tensor:
     """(B, N) EViT's: 1 for a token that stays, its importance for a token of the fused one."""
     return torch.where(assignment < budget.kept, 1.0, stage.importance)
+
+
+# Weights of the tokens in their groups: (stage, budget, assignment) -> (B, N).
+WEIGHTS = {
+    "importance": lambda stage, budget, assignment: stage.importance,
+    "mean": lambda stage, budget, assignment: torch.ones_like(stage.importance),
+    "size": lambda stage, budget, assignment: stage.sizes,
+}
 
 
 class Reduction(NamedTuple):
@@ -548,25 +548,13 @@ REDUCTIONS: dict[str, Reduction] = {
         assign_evit, fused_weights, clusters=lambda budget: 1, num_fused=1, normalize=False
     ),
     "dpcknn": Reduction(
-        assign_dpcknn,
-        weights=lambda stage, budget, assignment: torch.ones_like(stage.importance),
-        clusters=lambda budget: budget.kept,
-        is_proportional=True,
+        assign_dpcknn, WEIGHTS["mean"], clusters=lambda budget: budget.kept, is_proportional=True
     ),
-    "tome": Reduction(
-        assign_tome,
-        weights=lambda stage, budget, assignment: stage.sizes,
-        takes_r=True,
-        is_proportional=True,
-    ),
+    "tome": Reduction(assign_tome, WEIGHTS["size"], takes_r=True, is_proportional=True),
+    "ppt": Reduction(assign_ppt, WEIGHTS["size"], takes_r=True, is_proportional=True),
     "random": Reduction(assign_random),
-    "evo": Reduction(assign_evo, waits=True),
-    "ppt": Reduction(
-        assign_ppt,
-        weights=lambda stage, budget, assignment: stage.sizes,
-        takes_r=True,
-        is_proportional=True,
-    ),
+    # Evo-ViT (Xu et al., AAAI 2022): all patches compete, by the score of `models.evo`.
+    "evo": Reduction(assign_topk, waits=True),
     "bat": Reduction(
         assign_bat, clusters=lambda budget: budget.clusters, splits=True, is_proportional=True
     ),
@@ -695,14 +683,12 @@ def reduce_tokens(stage: Stage, keep_rate: float) -> ReducedTokens:
         ValueError: the method gives no assignment, or the rate is outside its range.
     """
     assignment, budget = assign_tokens(stage, keep_rate)
-    method, ones = stage.settings.method, torch.ones_like(stage.importance)
+    method = stage.settings.method
     if budget.keeps_all:
+        ones = torch.ones_like(stage.importance)
         return ReducedTokens(stage.x, stage.sizes, assignment, stage.importance, ones)
-    if method.weights is not None:
-        weights = method.weights(stage, budget, assignment)
-    else:
-        choices = {"importance": stage.importance, "mean": ones, "size": stage.sizes}
-        weights = choices[stage.settings.merge_weights]
+    weigh = method.weights or WEIGHTS[stage.settings.merge_weights]
+    weights = weigh(stage, budget, assignment)
     num_groups = method.num_outputs(budget)
     tokens = merge_tokens(stage.x, weights, assignment, num_groups, method.normalize)
     sizes = group_sums(stage.sizes, assignment, num_groups)

@@ -46,7 +46,7 @@ def compose_assignments(assignments: Sequence[Tensor]) -> list[Tensor]:
     """
     composed: list[Tensor] = []
     for assignment in assignments:
-        composed.append(_follow(composed[-1], assignment, -1) if composed else assignment.clone())
+        composed.append(follow(composed[-1], assignment, -1) if composed else assignment.clone())
     return composed
 
 
@@ -94,8 +94,8 @@ def trace_patches(assignments: Sequence[Tensor], stages: Sequence[StageInfo]) ->
             token_kind = torch.full_like(assignment, PatchKind.SINGLE)
         token_size = group_sums(torch.ones_like(group), group, stage.num_outputs)  # (B, K)
         token_kind = _output_kinds(assignment, token_kind, stage)  # (B, N) -> (B, K)
-        kind = _follow(group, token_kind, int(PatchKind.DROPPED))
-        traces.append(PatchTrace(group=group, kind=kind, size=_follow(group, token_size, 0)))
+        kind = follow(group, token_kind, int(PatchKind.DROPPED))
+        traces.append(PatchTrace(group=group, kind=kind, size=follow(group, token_size, 0)))
     return traces
 
 
@@ -105,7 +105,7 @@ def _trace_waiting(assignment: Tensor) -> PatchTrace:
     return PatchTrace(assignment, kind, torch.ones_like(assignment))
 
 
-def _follow(index: Tensor, table: Tensor, missing: int) -> Tensor:
+def follow(index: Tensor, table: Tensor, missing: float) -> Tensor:
     """Looks up (B, N) indices in a (B, K) table; -1 becomes `missing`."""
     values = table.gather(1, index.clamp(min=0))  # (B, K) -> (B, N)
     return torch.where(index >= 0, values, missing)
@@ -124,7 +124,7 @@ def _output_kinds(assignment: Tensor, token_kind: Tensor, stage: StageInfo) -> T
     made = torch.where(is_clustered, int(PatchKind.CLUSTER), int(PatchKind.PAIR))
     fits = (token_kind == PatchKind.SINGLE) | (token_kind == made)
     num_members = group_sums(torch.ones_like(assignment), assignment, num_outputs)  # (B, K)
-    is_merged = _follow(assignment, num_members, 0) > 1  # (B, N)
+    is_merged = follow(assignment, num_members, 0) > 1  # (B, N)
     kind = torch.where(is_merged, torch.where(fits, made, int(PatchKind.MIXED)), token_kind)
 
     slots = torch.where(assignment >= 0, assignment, num_outputs)

@@ -362,11 +362,9 @@ class ReducingTransformer:
             block = self.blocks[index]
             budget = block.budget(num_tokens)
             outputs, clusters = method.num_outputs(budget), method.num_clusters(budget)
-            stages.append(
-                StageInfo(
-                    index, num_tokens, block.keep_rate, budget, outputs, clusters, method.waits
-                )
-            )
+            counts = {"budget": budget, "num_outputs": outputs, "num_clusters": clusters}
+            place = {"block": index, "num_tokens": num_tokens, "keep_rate": block.keep_rate}
+            stages.append(StageInfo(**place, **counts, waits=method.waits))
             num_tokens = num_tokens if method.waits else outputs
         return tuple(stages)
 
@@ -866,9 +864,11 @@ def check_conversion(model: ReducingTransformer, before: tuple[Tensor, Tensor]) 
                 f"everything: it differs by {error:.2g}"
             )
     num_tokens = run_one_image(model)[0].shape[1] - model.num_prefix_tokens
-    expected = [num_tokens, *(s.num_tokens if s.waits else s.num_outputs for s in model.stages())]
-    if num_tokens != expected[-1]:
-        raise ValueError(f"{num_tokens} patch tokens are left, not {expected[-1]}")
+    expected = num_tokens
+    for stage in model.stages():
+        expected = stage.num_tokens if stage.waits else stage.num_outputs
+    if num_tokens != expected:
+        raise ValueError(f"{num_tokens} patch tokens are left, not {expected}")
 
 
 def expand_keep_rate(keep_rate: float | Sequence[float], num_stages: int) -> tuple[float, ...]:

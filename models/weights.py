@@ -101,11 +101,14 @@ def from_evo_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def merged_settings(stored: Mapping, changes: Mapping) -> dict:
     """The stored keywords of a model with others over them.
 
-    A model of another name has its own settings; where stored ones have no name, its own size, and
-    timm's names say all but the input size, the classes and the reduction. Where the method
-    changes, or begins or ceases to remove `tome_r` tokens, only the keep rate, the blocks (but for
-    ToMe's own, which are all), the importance and the random seed of the reduction are kept; a keep
-    rate ends `tome_r`.
+    What is stored is kept, but for what no longer fits:
+    - A model of another name has its own settings; only where the stored ones have no name, all
+      but its size are kept, and of these one of timm's names takes no more than the input size, the
+      classes and the reduction.
+    - Where the method changes, or begins or ceases to remove `tome_r` tokens, only the keep rate,
+      the blocks (not ToMe's, which are all), the importance and the random seed of the reduction
+      are kept.
+    - A keep rate ends `tome_r`.
     """
     stored, name = dict(stored), changes.get("model_name")
     if name not in (None, stored.get("model_name")):

@@ -23,6 +23,7 @@ from checkpoints import load_checkpoint, model_from_checkpoint
 from losses import DistillationLoss
 from models import REDUCTIONS, make_reducing
 from tools import diversity, export, sweep, tokens
+from utils import read_log
 
 FAMILIES = (
     "vit_small_patch14_dinov2",
@@ -100,6 +101,8 @@ def test_layer_decay_lowers_the_rates_of_early_layers(
     assert scales[-1] == 1 and scales[0] == pytest.approx(0.75 ** (len(scales) - 1))
     peak = max(group["lr"] for group in groups)
     assert all(group["lr"] == pytest.approx(peak * group["lr_scale"]) for group in groups)
+    (entry,), (plain,) = read_log(tmp_path / "log.txt"), read_log(run.folder / "log.txt")
+    assert entry["train_lr"] == plain["train_lr"], "the highest of the rates"
 
 
 def test_every_tool_takes_the_checkpoint(run: Run, data_path: Path, tmp_path: Path) -> None:
@@ -136,6 +139,15 @@ def test_a_folder_for_the_hub_is_timms_and_ours(run: Run, tmp_path: Path, monkey
         for key, value in found["data_config"].items():
             assert value == json.loads(json.dumps(stored["data_config"][key])), key
         assert torch.equal(model_from_checkpoint(found)(images), expected)
+
+
+def test_random_weights_of_a_folder_for_the_hub_take_the_seed(tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        flags = [*SMALL_FLAGS, "--seed", seed, "--format", "hf", "--output", tmp_path / name]
+        assert run_tool(export.main, flags) == 0
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
 
 
 def test_own_models_are_exported_as_timms(trained: Run, tmp_path: Path) -> None:

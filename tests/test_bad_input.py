@@ -139,6 +139,7 @@ def test_the_base_flags_are_good(
         (["--model-kwargs", "pretrained=True"], ["pretrained", "use --pretrained"]),
         (["--model-kwargs", "norm_layer=none"], ["cannot build", "none"]),
         (["--resume", "x" * 5000], ["no such checkpoint"]),
+        (["--resume", "/"], ["checkpoint /", "a folder without config.json"]),
         (["--opt", "adamw", "--decay-epochs", "0"], ["--decay-epochs"]),
         (["--target-gmacs", "nan"], ["--target-gmacs", "finite"]),
         (["--nb-classes", "0"], ["--nb-classes", "at least 1"]),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tool_helpers import refusal
+from tool_helpers import refusal, run_tool
 
 from models import speed
 from models.speed import Setting
@@ -203,7 +204,20 @@ def test_dense_model_is_timms_with_fused_attention() -> None:
         (["--reduction-loc", "99"], "reduction_loc"),
         (["--compile", "reduce-overhead"], "--compile reduce-overhead needs a GPU"),
         (["--what", "stage", "--reduction-loc"], "needs a reducing block"),
+        (["--what", "stage", "--model", "vit_small_patch16_18x2_224"], "a ParallelThingsBlock"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags: list[str], message: str) -> None:
     assert message in refusal(capsys, benchmark.main, [*MODEL_FLAGS, *RUN_FLAGS, *flags])
+
+
+def test_full_disk_is_one_line(capsys, monkeypatch, tmp_path: Path) -> None:
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    flags = [*MODEL_FLAGS, *RUN_FLAGS, "--latency-repetitions", "0", "--output-dir", tmp_path]
+    assert run_tool(benchmark.main, flags) == 4
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "stopped: cannot write" in last and "No space left on device" in last
+    assert not any(tmp_path.iterdir())

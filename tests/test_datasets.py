@@ -36,7 +36,7 @@ import main
 from datasets import DATA_SETS, SampleDataset, build_dataset, build_transform, check_same_classes
 from inputs.batches import ERASING_STREAM, DeviceLoader, Normalize
 from inputs.images import BadImageError, ResizeToCover, allow_posterize_to_black
-from samplers import EvalSampler, SampleKey, TrainSampler
+from samplers import SampleKey, TrainSampler
 from utils import InputError, in_turns, seed_everything
 
 # ImageNet's, written out as an independent check.
@@ -105,7 +105,7 @@ def test_the_process_keeps_its_own_random_streams(folder):
 
 def test_evaluation_is_not_random(folder):
     dataset, num_classes = build_dataset(False, dataset_args(folder), config_of(dataset_args("")))
-    first, second = _load(dataset, list(EvalSampler(6)), 0), _load(dataset, list(range(6)), 2)
+    first, second = _load(dataset, list(range(6)), 0), _load(dataset, list(range(6)), 2)
     assert torch.equal(first, second) and first.shape == (6, 3, 48, 48)
     assert num_classes == 2 and dataset.classes == ["ant", "bee"]
     assert [dataset[i][1] for i in range(6)] == [0, 0, 0, 1, 1, 1]

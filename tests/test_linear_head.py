@@ -51,6 +51,9 @@ def test_command(data_path, tmp_path, capsys) -> None:
     assert "no such checkpoint" in refusal(
         capsys, linear_head.main, ["--checkpoint", "nowhere.pth", "--data-path", data_path]
     )
+    for data_set in ("CIFAR10", "IMNET"):
+        flags = ["--data-path", tmp_path, "--data-set", data_set]
+        assert str(tmp_path) in refusal(capsys, linear_head.main, flags)
 
 
 @pytest.mark.parametrize("penalty", [1e-4, 1e2])

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from samplers import EvalSampler, SampleKey, TrainSampler
+from samplers import SampleKey, TrainSampler
 
 
 def _epoch(num_samples: int, epoch: int = 0, **options: int) -> list[SampleKey]:
@@ -76,14 +76,3 @@ def test_start_resumes_within_an_epoch(num_repeats, start):
     assert sampler.epoch_length == 384
     sampler.set_epoch(5)
     assert len(list(sampler)) == 384, "the next epoch starts at its beginning"
-
-
-@pytest.mark.parametrize("num_samples", [1, 2, 3, 10, 97])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
-def test_evaluation_counts_every_index_once(num_samples, world_size):
-    ranks = [
-        EvalSampler(num_samples, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    visited = [index for sampler in ranks for index in sampler]
-    assert sorted(visited) == list(range(num_samples))
-    assert sum(len(sampler) for sampler in ranks) == num_samples

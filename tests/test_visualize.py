@@ -302,7 +302,7 @@ def test_unreadable_images_are_named_and_the_others_drawn(photos, tmp_path, kind
         flags = ["--data-path", tmp_path / "list.txt"]
     elif kind == "data set":
         photos.rename(tmp_path / "val")
-        flags = ["--data-path", tmp_path, "--data-set", "IMNET", "--bad-images", "skip", *flags[2:]]
+        flags = ["--data-path", tmp_path, "--data-set", "IMNET", *flags[2:]]
     out = tmp_path / "out"
     assert run(*MODEL_FLAGS, *flags, "--output-dir", out) == 1
     errors = capsys.readouterr().err.strip().splitlines()
@@ -310,6 +310,10 @@ def test_unreadable_images_are_named_and_the_others_drawn(photos, tmp_path, kind
     assert errors[1] == "1 of 2 images could not be read"
     drawn = "002_cat_00001.png" if kind == "data set" else "002_b.png"
     assert sorted(path.name for path in out.iterdir()) == [drawn, "contact_sheet.png"]
+    with pytest.raises(SystemExit, match="2"):
+        run(*MODEL_FLAGS, *flags, "--bad-images", "error", "--output-dir", tmp_path / "none")
+    assert "a.png" in capsys.readouterr().err
+    assert not any((tmp_path / "none").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 python -m tools.benchmark --what model --keep-rate 0.7 0.5 0.3 0.2 --reduction bat topk
 """
 
-import shlex
 import sys
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -29,7 +30,7 @@ from checkpoints import build_model
 from models import REDUCTIONS, ReducingTransformer, count_gmacs
 from models.reduction import ReducedTokens, get_reduction
 from models.speed import Call, Setting, compiled, inference, time_rounds
-from models.vit import Attended, ReducingBlock, find_importance, project
+from models.vit import Attended, ReducingBlock, find_importance, project, timm_class
 from tools import timing
 from tools.timing import median_ratio, peak_mebibytes, resident_bytes
 from utils import InputError, find_device, run_script
@@ -237,6 +238,10 @@ def record_stages(model: ReducingTransformer, images: Tensor, setting: Setting) 
     """Runs a forward pass (B, 3, height, width) and says what it gave to each stage."""
     inputs: dict[nn.Module, tuple] = {}
     blocks = [model.blocks[index] for index in model.reduction_loc]
+    for block in blocks:
+        if not isinstance(block, Block | EvaBlock):
+            name = timm_class(block).__name__
+            raise InputError(f"--what stage takes blocks that normalise first, not a {name}")
     keep = lambda block, given: inputs.update({block: given})  # noqa: E731
     handles = [block.register_forward_pre_hook(keep) for block in blocks]
     stages = []
@@ -409,21 +414,19 @@ def measure(args: Namespace, setting: Setting) -> Iterator[dict]:
         yield from MEASURES[args.what][0](candidates, batches, setting)
 
 
-def run(args: Namespace, command: str) -> int:
+def run(args: Namespace) -> int:
     """Measures, prints and writes; returns the exit code."""
     setting = make_setting(args)
     about = timing.environment()  # before the measurement: the load is that of other programs
-    about |= {"command": command, "device": str(setting.device), "compile": setting.compile_mode}
+    about |= {"device": str(setting.device), "compile": setting.compile_mode}
     about |= {name: getattr(args, name) for name in ("dtype", "repetitions", "warmup")}
     protocol = MEASURES[args.what][1]
     timing.report(measure(args, setting), protocol, about, args.output_dir, args.what)
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "tools.benchmark", *argv])
-    return run_script(get_args_parser(), partial(run, command=command), argv)
+def main(argv: list[str] | None = None) -> int:
+    return run_script(get_args_parser(), run, argv)
 
 
 if __name__ == "__main__":

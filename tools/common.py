@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import utils
 from arguments import (
@@ -28,7 +27,7 @@ from arguments import (
 )
 from checkpoints import load_checkpoint, model_from_checkpoint
 from datasets import SampleDataset
-from inputs.batches import DeviceLoader
+from inputs.batches import device_loader
 from models import REDUCTIONS, ReducingTransformer, describe_reduction, make_reducing
 from models.reduction import ReducedTokens
 from models.vit import REDUCTION_KEYWORDS
@@ -127,11 +126,9 @@ def readable_batches(
     Raises:
         InputError: none of them can be read.
     """
-    batches = DataLoader(
-        dataset, batch_size=args.batch_size, sampler=indices, num_workers=args.num_workers
-    )
+    options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     num_seen = 0
-    for images, _, is_bad in DeviceLoader(batches, dataset, device):
+    for images, _, is_bad in device_loader(dataset, device, sampler=indices, **options):
         batch = indices[num_seen : num_seen + len(images)]
         bad += compress(batch, is_bad)
         num_seen += len(images)

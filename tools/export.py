@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from arguments import ArgumentParser, add_model_arguments, add_switch, model_arguments, random_seed
-from checkpoints import load_checkpoint, model_from_checkpoint
 from models import ReducingTransformer, count_gmacs
 from models.vit import drop_second_head, restore_timm
-from tools.common import load_model
+from tools.common import load_contender, load_model
 from utils import InputError, check_writable, run_script
 
 LIMIT = 1e-4  # of the difference of a logit, in float32
@@ -145,9 +144,8 @@ def get_args_parser() -> ArgumentParser:
 
 def export_folder(args: Namespace) -> int:
     """Writes config.json and model.safetensors as timm has them; returns the exit code."""
-    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    keywords = model_arguments(args, checkpoint.get("model_args"))
-    model = model_from_checkpoint(checkpoint, ema=args.ema, **keywords)
+    model, _, stored = load_contender(args, args.checkpoint, torch.device("cpu"))
+    keywords = model_arguments(args, stored)
     drop_second_head(model)
     settings = model.reduction_settings() | {"evo_readout": "class"}
     restore_timm(model)

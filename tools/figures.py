@@ -5,6 +5,7 @@ pyplot: no display, and no global state.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+
+from utils import write_atomically
 
 LONG_LABEL = 16  # characters
 WIDTH = 3.5  # inches: half a page, a column
@@ -105,8 +108,9 @@ def below_figure(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
 @styled
 def save_figure(figure: Figure, stem: Path) -> None:
     """Writes a figure to stem.png (300 dots per inch) and stem.pdf."""
-    figure.savefig(stem.with_name(f"{stem.name}.png"))
-    figure.savefig(stem.with_name(f"{stem.name}.pdf"), metadata={"CreationDate": None})
+    for suffix, options in (("png", {}), ("pdf", {"metadata": {"CreationDate": None}})):
+        save = partial(figure.savefig, format=suffix, **options)
+        write_atomically(stem.with_name(f"{stem.name}.{suffix}"), save)
 
 
 @styled

@@ -5,10 +5,8 @@
 Exit codes: 0 done, 1 images could not be read (they are named and counted), 2 bad input.
 """
 
-import os
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from arguments import ArgumentParser, add_data_arguments, data_config, model_arguments
 from checkpoints import load_checkpoint, model_from_checkpoint
-from datasets import DATA_SETS, SampleDataset, build_transform
+from datasets import SampleDataset, build_source, build_transform
 from tools import common
 from utils import InputError, check_writable, logger, run_script, seed_everything, write_atomically
 
@@ -84,7 +82,7 @@ def run(args: Namespace) -> int:
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     seed_everything(args.seed)
     keywords = model_arguments(args, checkpoint.get("model_args"))
-    source = DATA_SETS[args.data_set](Path(os.path.expanduser(args.data_path)), True, args)
+    source = build_source(True, args)
     keywords["num_classes"] = len(source.classes)
     options = {"ema": args.ema, "source": args.checkpoint, "new_head": True}
     model = model_from_checkpoint(checkpoint, **options, **keywords).to(device)

@@ -3,23 +3,21 @@
 python -m tools.loading --data-path DATA --num-workers 0 2
 """
 
-import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
 from timm.data import create_dataset, create_loader
-from torch.utils.data import DataLoader
 
 import arguments
 from arguments import ArgumentParser, at_least, data_config
 from datasets import build_dataset
-from inputs.batches import DeviceLoader
+from inputs.batches import DeviceLoader, device_loader
 from inputs.images import allow_posterize_to_black
 from models.speed import Setting, time_rounds
-from samplers import EvalSampler, TrainSampler
+from samplers import TrainSampler
 from tools import timing
 from utils import find_device, run_script
 
@@ -49,21 +47,13 @@ def get_args_parser() -> ArgumentParser:
 
 
 def own_loader(args: Namespace, setting: Setting, *, workers: int, is_train: bool) -> DeviceLoader:
-    """Batches as main.py makes them."""
+    """Batches as main.py makes them, without repeated augmentation, which timm's have not."""
     flags = ["--data-path", args.data_path]
     run_args = arguments.get_args_parser().parse_args(flags)
     dataset, _ = build_dataset(is_train, run_args, data_config(run_args, 224, {}))
-    sampler = TrainSampler(len(dataset)) if is_train else EvalSampler(len(dataset))
-    batches = DataLoader(
-        dataset,
-        args.batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        drop_last=is_train,
-        pin_memory=setting.device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
-    return DeviceLoader(batches, dataset, setting.device)
+    sampler = TrainSampler(len(dataset)) if is_train else range(len(dataset))
+    options = {"batch_size": args.batch_size, "num_workers": workers, "drop_last": is_train}
+    return device_loader(dataset, setting.device, sampler=sampler, **options)
 
 
 def timm_loader(args: Namespace, setting: Setting, *, workers: int, is_train: bool) -> Iterable:
@@ -117,19 +107,17 @@ def run_through(batches: Iterable) -> None:
         pass
 
 
-def run(args: Namespace, command: str) -> int:
+def run(args: Namespace) -> int:
     """Measures, prints and writes; returns the exit code."""
     device = find_device(args.device)
     setting = Setting(device, repetitions=args.repetitions, warmup=args.warmup)
-    about = timing.environment() | {"command": command, "device": str(device)}
+    about = timing.environment() | {"device": str(device)}
     timing.report(measure(args, setting), PROTOCOL, about, args.output_dir, "loading")
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "tools.loading", *argv])
-    return run_script(get_args_parser(), partial(run, command=command), argv)
+def main(argv: list[str] | None = None) -> int:
+    return run_script(get_args_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from arguments import (
@@ -37,9 +36,10 @@ from arguments import (
 )
 from datasets import SampleDataset, build_dataset
 from engine import score_batch
-from inputs.batches import DeviceLoader
+from inputs.batches import device_loader
 from inputs.cache import digest_dataset
 from models import ReducingTransformer, count_gmacs
+from models.speed import Setting
 from models.vit import LeadingTokens
 from tools import common
 from tools.figures import plot_accuracy, save_figure
@@ -53,6 +53,7 @@ from utils import (
     run_script,
     versions,
     write_atomically,
+    write_text,
 )
 
 T = TypeVar("T")
@@ -196,7 +197,7 @@ def sweep_settings(
     dataset: SampleDataset,
 ) -> dict:
     """Everything that the predictions of a sweep depend on, as plain values of JSON."""
-    device = find_place(contenders)
+    device = make_setting(args, contenders).device
     settings = {
         "configurations": [entry.name for entry in configurations],
         "model_kwargs": args.model_kwargs,
@@ -236,22 +237,19 @@ def switch(
     return contenders[checkpoint].switch(reduction, None if math.isnan(keep_rate) else keep_rate)
 
 
-def find_place(contenders: Mapping[str, common.Contender]) -> torch.device:
-    return next(iter(contenders.values())).model.patch_embed.proj.weight.device
+def make_setting(args: Namespace, contenders: Mapping[str, common.Contender]) -> Setting:
+    device = next(iter(contenders.values())).model.patch_embed.proj.weight.device
+    return Setting(device, AMP_DTYPES[find_amp(args.amp, device)])
 
 
 @torch.no_grad()
-def timed(
-    run: Callable[[], T], device: torch.device, amp_dtype: torch.dtype | None
-) -> tuple[T, float]:
+def timed(run: Callable[[], T], setting: Setting) -> tuple[T, float]:
     """What a function of the model gives under autocast, and the seconds that it took."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    setting.synchronize()
     begin = time.perf_counter()
-    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+    with setting.autocast():
         result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    setting.synchronize()
     return result, time.perf_counter() - begin
 
 
@@ -259,7 +257,7 @@ def timed_logits(
     contenders: Mapping[str, common.Contender],
     configurations: Sequence[Configuration],
     images: Tensor,
-    amp_dtype: torch.dtype | None,
+    setting: Setting,
 ) -> Iterator[tuple[Tensor, float]]:
     """Each configuration's logits (B, classes) of images (B, 3, H, W), and the seconds they took.
 
@@ -271,10 +269,10 @@ def timed_logits(
         model = switch(contenders, configuration)
         key = configuration.checkpoint, model.num_leading_blocks
         if key not in shared:
-            shared[key] = timed(partial(model.run_leading_blocks, images), images.device, amp_dtype)
+            shared[key] = timed(partial(model.run_leading_blocks, images), setting)
         tokens, leading_seconds = shared[key]
         rest = partial(model.forward_with_assignments, tokens)
-        (logits, _), seconds = timed(rest, images.device, amp_dtype)
+        (logits, _), seconds = timed(rest, setting)
         yield logits, leading_seconds + seconds
 
 
@@ -291,25 +289,19 @@ def run_sweep(
     The first batch after a start warms up and is not timed, unless there is no other. Changed in
     place: the predictions, and the models' methods and keep rates.
     """
-    device = find_place(contenders)
-    amp_dtype = AMP_DTYPES[find_amp(args.amp, device)]
-    batches = DataLoader(
-        dataset,
-        batch_size=args.batch_size,
-        sampler=chosen_images(args, dataset)[int(predictions["num_done"]) :],
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    loader = DeviceLoader(batches, dataset, device)
+    setting = make_setting(args, contenders)
+    indices = chosen_images(args, dataset)[int(predictions["num_done"]) :]
+    options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    loader = device_loader(dataset, setting.device, sampler=indices, **options)
     # One unit is one batch through one configuration; their speeds differ, so the mean is taken.
     total = len(configurations) * len(loader)
     try:
         with tqdm(desc="Sweep", unit="batch", mininterval=1, smoothing=0, total=total) as bar:
             for number, (images, targets, is_bad) in enumerate(loader, 1):
-                is_bad = is_bad.to(device)
+                is_bad = is_bad.to(setting.device)
                 start = int(predictions["num_done"])
                 here = slice(start, start + len(images))
-                answers = timed_logits(contenders, configurations, images, amp_dtype)
+                answers = timed_logits(contenders, configurations, images, setting)
                 for row, (logits, seconds) in enumerate(answers):
                     predictions["predicted"][row, here] = logits.float().argmax(dim=1).cpu()
                     for name, values in score_batch(logits, targets, is_bad)._asdict().items():
@@ -421,7 +413,7 @@ def write_sweep(folder: Path, table: pd.DataFrame, comparisons: list[dict], sett
         "git_hash": git_hash(),
         "versions": versions(),
     }
-    (folder / "sweep.json").write_text(json.dumps(whole, indent=2) + "\n")
+    write_text(folder / "sweep.json", json.dumps(whole, indent=2) + "\n")
     (folder / "comparisons.csv").unlink(missing_ok=True)  # an earlier sweep's
     if comparisons:
         common.write_table(pd.DataFrame(comparisons), folder / "comparisons.csv")
@@ -431,7 +423,7 @@ def write_sweep(folder: Path, table: pd.DataFrame, comparisons: list[dict], sett
     logger.info(shown.round(DIGITS).to_string(index=False))
     formats = {name: f".{digits}f" for name, digits in DIGITS.items()}
     markdown = common.to_markdown(shown.assign(tokens=tokens), formats)
-    (folder / "sweep.md").write_text(markdown)
+    write_text(folder / "sweep.md", markdown)
     common.say_written(folder / "sweep", ".csv", ".json", ".md", ".png", ".pdf")
 
 

@@ -25,7 +25,7 @@ from arguments import ArgumentParser
 from checkpoints import FIRST_REDUCTION
 from tools.common import to_markdown, write_table
 from tools.figures import plot_accuracy, save_figure
-from utils import InputError, check_writable, read_log, run_script
+from utils import InputError, check_writable, read_log, run_script, write_text
 
 # Arguments of main.py that do not change what a run is meant to reach.
 INCIDENTAL = (
@@ -167,7 +167,7 @@ def run(args: Namespace) -> int:
     print(text, end="")
     if args.output_dir:
         folder = check_writable(args.output_dir)
-        (folder / "table.md").write_text(text)
+        write_text(folder / "table.md", text)
         write_table(table, folder / "table.csv")  # pandas takes some folders for addresses
         margin = 1.96 * table.standard_error
         rows = table.assign(

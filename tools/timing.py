@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from models.speed import Call, Setting
-from utils import check_writable, git_hash, versions
+from utils import check_writable, git_hash, versions, write_text
 
 
 def median_ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
@@ -102,7 +104,7 @@ def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def environment() -> dict:
-    """What a figure depends on beside the flags: date, machine, load, versions, code."""
+    """What a figure depends on: date, machine, load, versions, code and command."""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
@@ -110,6 +112,7 @@ def environment() -> dict:
         "load_average": [round(value, 2) for value in os.getloadavg()],
         **versions(),
         "code": git_hash(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
 
@@ -142,7 +145,7 @@ def report(
     stem = folder / f"{name}-{about['device'].partition(':')[0]}-{stamp}"
     content = {"setting": about, "protocol": protocol}
     content["rows"] = json.loads(table.to_json(orient="records", double_precision=15))
-    Path(f"{stem}.txt").write_text(text + "\n")
-    Path(f"{stem}.csv").write_text(without_seconds(table).to_csv(index=False))
-    Path(f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(Path(f"{stem}.txt"), text + "\n")
+    write_text(Path(f"{stem}.csv"), without_seconds(table).to_csv(index=False))
+    write_text(Path(f"{stem}.json"), json.dumps(content, indent=1) + "\n")
     print(f"written: {stem}.txt, .csv, .json")

@@ -26,7 +26,7 @@ from datasets import SampleDataset, build_transform
 from inputs.images import list_images, load_image
 from models import ReducingTransformer
 from models.reduction import group_shares, group_sums
-from models.trace import PatchKind, trace_patches
+from models.trace import PatchKind, follow, trace_patches
 from tools import common
 from tools.figures import new_figure, save_figure, styled
 from utils import check_writable, run_script
@@ -88,10 +88,11 @@ def follow_patches(
         weights, num_tokens = output.weights.double(), output.sizes.shape[1]
         num_members = group_sums(torch.ones_like(weights), output.assignment, num_tokens)
         share = group_shares(weights, output.assignment, num_members)
-        weight = _look_up(share, token).masked_fill(trace.group < 0, torch.nan)
+        weight = follow(token, share.cpu(), torch.nan).masked_fill(trace.group < 0, torch.nan)
+        importance = follow(token, output.importance.cpu().double(), torch.nan)
         columns[f"stage{stage}_kind"] = KIND_NAMES[trace.kind.flatten().numpy()]
         columns[f"stage{stage}_group"] = _integers(trace.group, trace.group >= 0)
-        columns[f"stage{stage}_importance"] = _look_up(output.importance, token).flatten().numpy()
+        columns[f"stage{stage}_importance"] = importance.flatten().numpy()
         columns[f"stage{stage}_weight"] = weight.flatten().numpy()
         is_alone = (trace.kind == PatchKind.SINGLE) | (trace.kind == PatchKind.WAITING)
         lost_at = lost_at + is_alone  # shared once, never alone again
@@ -102,12 +103,6 @@ def follow_patches(
     columns["final_token"] = _integers(token, token >= 0)
     columns["final_weight"] = final_weight.flatten().numpy()
     return pd.DataFrame(columns)
-
-
-def _look_up(values: Tensor, token_idx: Tensor) -> Tensor:
-    """(B, N_0) float64 values (B, N) of the tokens token_idx (B, N_0); NaN where that is -1."""
-    values = values.cpu().double().gather(1, token_idx.clamp(min=0))
-    return values.masked_fill(token_idx < 0, torch.nan)
 
 
 def _integers(values: Tensor, known: Tensor) -> pd.Series:
