@@ -314,12 +314,16 @@ class BatchScores(NamedTuple):
 
 
 def score_batch(logits: Tensor, targets: Tensor, is_bad: Tensor) -> BatchScores:
-    """Scores logits (B, classes) against targets (B,); an unreadable image counts as wrong."""
-    logits = logits.float()
+    """Scores logits (B, classes) against targets (B,); an unreadable image counts as wrong.
+
+    Of several largest logits, which low precision makes likely, the first counts.
+    """
+    logits, is_good = logits.float(), ~is_bad.bool()
+    correct1 = (logits.argmax(dim=1) == targets) & is_good
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-    hit = (top == targets.unsqueeze(1)) & ~is_bad.bool().unsqueeze(1)
+    correct5 = (top == targets.unsqueeze(1)).any(dim=1) & is_good
     loss = F.cross_entropy(logits, targets, reduction="none")
-    return BatchScores(hit[:, 0], hit.any(dim=1), loss)
+    return BatchScores(correct1, correct1 | correct5, loss)
 
 
 @torch.no_grad()

@@ -482,5 +482,6 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "processor": names[0] if names else platform.processor(),
         "gpu": gpu,
+        "cudnn": str(torch.backends.cudnn.version()),
         "threads": str(torch.get_num_threads()),
     }

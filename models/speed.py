@@ -70,12 +70,11 @@ def inference(function: Callable, setting: Setting, *inputs) -> Call:
 
 
 def time_rounds(
-    runs: Sequence[Call], setting: Setting, *, repetitions: int | None = None, calls: int = 1
+    runs: Sequence[Call], setting: Setting, *, repetitions: int | None = None
 ) -> Tensor:
     """Times every run once a round, in an order drawn anew for each round.
 
-    The device is synchronised before each start and stop of the clock; a run is called `calls`
-    times in between, and the mean counts.
+    The device is synchronised before each start and stop of the clock.
 
     Returns:
         (runs, repetitions) float64 seconds of the timed rounds, the setting's unless given.
@@ -87,10 +86,9 @@ def time_rounds(
         for index in torch.randperm(len(runs), generator=generator).tolist():
             setting.synchronize()
             begin = time.perf_counter()
-            for _ in range(calls):
-                runs[index]()
+            runs[index]()
             setting.synchronize()
-            times[index, turn] = (time.perf_counter() - begin) / calls
+            times[index, turn] = time.perf_counter() - begin
     return times[:, setting.warmup :]
 
 

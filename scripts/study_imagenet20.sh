@@ -20,7 +20,7 @@ cpu) ;; # two cores
 gpu)
     METHODS="random topk evit tome dpcknn ppt evo bat" RATES="0.7 0.5 0.3" SEEDS=3
     BATCH=128 IMAGES=6000 EPOCHS=5 LR=2e-5 SHELF=1/1
-    ON=(--device cuda --amp bf16 --compile) ;;
+    ON=(--device cuda --amp bf16 --num-workers 5) ;; # compiling takes longer than such a run
 smoke) # to see that everything runs; its figures mean nothing
     METHODS="topk evit bat" RATES=0.5 BATCH=16 IMAGES=32 SHELF=1/500 ;;
 *) echo "SIZE must be cpu, gpu or smoke, got $SIZE" >&2 && exit 2 ;;

@@ -12,10 +12,12 @@ from arguments import check_args, get_args_parser
 from tools import benchmark
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Notes its words, and the setting that keeps a restarted torchrun from its dead processes.
+# Notes its words, and the setting that keeps a restarted torchrun from its dead processes. CODE:
+# what it ends with.
 STAND_IN = """#!/usr/bin/env bash
 printf '%s ' "$(basename "$0")" "${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-}" "$@" >>"$CALLS"
 echo >>"$CALLS"
+exit "${CODE:-0}"
 """
 
 
@@ -98,12 +100,16 @@ def test_the_study_has_its_runs(tmp_path, size, count):
     ("script", "settings", "folders"),
     [
         ("cpu", {}, "eager compiled autotuned operation stage train pixels384 memory"),
-        ("gpu", {"LIMIT": 70}, "operation eager stage train pixels384"),
+        (
+            "gpu",
+            {"LIMIT": 70, "CODE": 3},  # a measurement that fails does not end the others
+            "operation eager stage train eager_cudnn_last pixels384",
+        ),
         (
             "gpu",
             {"LIMIT": 600, "DEVICE": "cpu", "METHODS": "topk evit"},
-            "operation eager compiled graphs stage train train_compiled pixels384 compiled_topk "
-            "compiled_evit",
+            "operation eager compiled graphs compiled graphs stage train train_compiled "
+            "eager_cudnn_last pixels384 compiled_topk compiled_evit",
         ),
     ],
 )

@@ -178,6 +178,15 @@ def test_tables_hold_what_json_holds(finished):
     pd.testing.assert_frame_equal(comparisons, pd.DataFrame(whole["comparisons"]))
 
 
+@pytest.mark.parametrize(("batch_size", "timed"), [(5, slice(5, 20)), (20, slice(0, 24))])
+def test_neither_the_first_nor_a_smaller_batch_is_timed(flags, tmp_path, batch_size, timed):
+    """As long as others are left."""
+    assert run_tool(sweep.main, flags(tmp_path, "--batch-size", batch_size)) == 0
+    seconds = read(tmp_path)[1]["seconds"]
+    assert (seconds[:, timed] > 0).all()
+    assert np.isfinite(seconds).sum() == seconds[:, timed].size
+
+
 def test_every_batch_is_read_once_and_shown_to_all(flags, tmp_path, monkeypatch, capsys):
     reads, forwards = [], []
     load, timed = sweep.SampleDataset.__getitem__, sweep.timed

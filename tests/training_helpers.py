@@ -45,7 +45,9 @@ class Task:
             chosen = slice(start, start + size)
             # Mixup writes into the images.
             images, targets = self.images[chosen].clone(), self.targets[chosen]
-            yield images, targets, torch.zeros_like(targets)
+            if self.device.type == "cuda":
+                images, targets = images.pin_memory(), targets.pin_memory()
+            yield images, targets, torch.zeros(len(targets), dtype=torch.int64)
 
     def train(self, criterion=None, *, mixup=None, calls=None, **options) -> dict:
         """One epoch; `calls` are what the engine may call, options more of TrainOptions."""

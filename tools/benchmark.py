@@ -42,9 +42,6 @@ DENSE = "dense"
 PREFIX = "bat_"  # the registered models' names are this and the name of timm's dense one
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FEWEST_REPETITIONS = 10  # a median of fewer says little
-# A stage alone is launched faster than it is computed only if several calls queue up on a GPU; on
-# a CPU every call stands alone, so that its inputs are no warmer in the caches than in the model.
-CALLS_ON_GPU = 20
 
 # Candidates -------------------------------------------------------------------------------------
 
@@ -108,7 +105,8 @@ MODEL_PROTOCOL = [
     "speedup: median over the rounds of dense time / own time; dense is timm's, fused attention",
     "limit: dense gmacs / own gmacs; of_limit: speedup / limit",
     "limit_2: dense time / (read_ms + the rest of the dense time, shrunk by the limit), where "
-    "read_ms is the time of reading all weights once, which no token saves; of_limit_2: likewise",
+    "read_ms is the time of reading all weights once, which no token saves; of_limit_2: likewise; "
+    "float32 only",
     "vs_topk: median over the rounds of the time of topk at this keep rate / own time",
 ]
 
@@ -123,6 +121,8 @@ def measure_models(
         runs = [inference(c.model, setting, images) for c in candidates]
         weights = parameters_to_vector(candidates[0].model.parameters()).detach()
         *times, read = time_rounds([*runs, weights.sum], setting).numpy()
+        if setting.dtype is not None:  # autocast reads and writes them more than once
+            read = np.full_like(read, np.nan)
         for run, own, candidate, latency in zip(runs, times, candidates, latencies, strict=True):
             memory = peak_mebibytes(run, setting, resident=resident_bytes(candidate.model))
             speedup = median_ratio(times[0], own)
@@ -217,7 +217,8 @@ STAGE_PROTOCOL = [
     "a stage: the class token's attention row, the choice of the groups and the merging, run alone "
     "on the inputs that a forward pass gave it",
     "every round runs the forward pass and each stage in turn, with the device synchronised around "
-    f"each; on a GPU the mean of {CALLS_ON_GPU} calls counts as one",
+    "each; on a GPU the times are those of the kernels, means of all rounds, since launching a "
+    "stage alone takes longer than computing it",
     "share_N: median over the rounds of the time of stage N / time of the forward pass; share_all: "
     "of their sum",
     "stage_mib: largest sum of tensors that the first stage adds to its inputs; attention_mib: the "
@@ -269,7 +270,6 @@ def measure_stages(
     candidates: Sequence[Candidate], batches: Sequence[Tensor], setting: Setting
 ) -> Iterator[dict]:
     """Share of the stages in a forward pass: a line per batch and reducing candidate."""
-    calls = CALLS_ON_GPU if setting.device.type == "cuda" else 1
     for images in batches:
         for candidate in candidates[1:]:
             model = candidate.model
@@ -278,7 +278,7 @@ def measure_stages(
             runs = [inference(model, setting, images)]
             for index, given in zip(model.reduction_loc, inputs, strict=True):
                 runs.append(inference(partial(run_stage, model.blocks[index]), setting, given))
-            forward, *alone = time_rounds(runs, setting, calls=calls).numpy()
+            forward, *alone = _stage_seconds(runs, setting)
             together = np.sum(alone, axis=0)
             eager = setting._replace(compile_mode=None)
             stage = inference(partial(run_stage, first), eager, inputs[0])
@@ -294,6 +294,14 @@ def measure_stages(
                 "forward_seconds": forward.tolist(),
                 "stage_seconds": [own.tolist() for own in alone],
             }
+
+
+def _stage_seconds(runs: Sequence[Call], setting: Setting) -> np.ndarray:
+    """(runs, rounds) seconds of each run in each round; on a GPU (runs, 1) of its kernels."""
+    if setting.device.type != "cuda":
+        return time_rounds(runs, setting).numpy()
+    kernels = [timing.operations(run, setting, calls=setting.repetitions) for run in runs]
+    return np.array([[sum(seconds for _, seconds in own.values())] for own in kernels])
 
 
 # Operations -------------------------------------------------------------------------------------
@@ -315,8 +323,6 @@ def measure_operations(
     for images in batches:
         for candidate in candidates:
             run = inference(candidate.model, setting, images)
-            for _ in range(setting.warmup):
-                run()
             own_times = timing.operations(run, setting, calls=PROFILED_CALLS)
             total = sum(seconds for _, seconds in own_times.values())
             for name, (calls, seconds) in list(own_times.items())[:MOST_OPERATIONS]:
@@ -365,7 +371,8 @@ def get_args_parser() -> ArgumentParser:
     add = parser.add_argument_group("how to run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=tuple(DTYPES), default="float32",
-        help="float32 (TF32 off), or autocast to bf16 or fp16 (the weights stay float32)")
+        help="float32 (matrix products without TF32), or autocast to bf16 or fp16, the weights "
+        "staying float32")
     add("--compile", nargs="?", const="default", metavar="MODE",
         choices=("default", "reduce-overhead", "max-autotune"),
         help="torch.compile, one graph a shape; MODE: default, reduce-overhead (CUDA graphs), "

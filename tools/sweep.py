@@ -286,13 +286,15 @@ def run_sweep(
 ) -> None:
     """Evaluates the images that are open, and saves every few batches and however the loop ends.
 
-    The first batch after a start warms up and is not timed, unless there is no other. Changed in
-    place: the predictions, and the models' methods and keep rates.
+    The first batch after a start warms up and is not timed, nor is a last one that is smaller, for
+    which a GPU makes new plans; all are where no other is left. Changed in place: the predictions,
+    and the models' methods and keep rates.
     """
     setting = make_setting(args, contenders)
     indices = chosen_images(args, dataset)[int(predictions["num_done"]) :]
     options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     loader = device_loader(dataset, setting.device, sampler=indices, **options)
+    times_all = len(indices) < 2 * args.batch_size
     # One unit is one batch through one configuration; their speeds differ, so the mean is taken.
     total = len(configurations) * len(loader)
     try:
@@ -306,7 +308,7 @@ def run_sweep(
                     predictions["predicted"][row, here] = logits.float().argmax(dim=1).cpu()
                     for name, values in score_batch(logits, targets, is_bad)._asdict().items():
                         predictions[name][row, here] = values.cpu()
-                    if number > 1 or len(loader) == 1:
+                    if times_all or (number > 1 and len(images) == args.batch_size):
                         predictions["seconds"][row, here] = seconds / len(images)
                     bar.update()
                 predictions["is_bad"][here] = is_bad.cpu()

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import shlex
 import sys
@@ -16,7 +17,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from models.speed import Call, Setting
-from utils import check_writable, git_hash, versions, write_text
+from utils import InputError, check_writable, git_hash, versions, write_text
+
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile, which have CUDA graphs
 
 
 def median_ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
@@ -32,11 +35,13 @@ def peak_mebibytes(run: Call, setting: Setting, *, resident: int = 0) -> float:
 
     Args:
         run: a call that has been warmed up.
-        setting: says the device.
+        setting: says the device; NaN where it replays CUDA graphs, which allocate nothing.
         resident: bytes allocated before, to be added; see `resident_bytes`.
     """
     setting.synchronize()
     if setting.device.type == "cuda":
+        if setting.compile_mode in GRAPH_MODES:
+            return math.nan
         torch.cuda.reset_peak_memory_stats(setting.device)
         before = torch.cuda.memory_allocated(setting.device)
         run()
@@ -56,10 +61,15 @@ def operations(run: Call, setting: Setting, *, calls: int) -> dict[str, tuple[fl
     """Calls and own seconds of every operation of a run, by name, the longest first.
 
     Args:
-        run: a call that has been warmed up.
+        run: a call; it is warmed up first.
         setting: says the device; on a GPU its kernels are counted.
         calls: how often the run is called; the means are returned.
+
+    Raises:
+        InputError: PyTorch's profiler may not look at the GPU.
     """
+    for _ in range(setting.warmup):
+        run()
     on_gpu = setting.device.type == "cuda"
     with _profile(on_gpu=on_gpu) as recorded:
         for _ in range(calls):
@@ -72,6 +82,8 @@ def operations(run: Call, setting: Setting, *, calls: int) -> dict[str, tuple[fl
         for event in recorded.key_averages()
         if event.device_type == kind and not event.is_user_annotation
     ]
+    if not events:
+        raise InputError("the profiler records nothing of the GPU: it may lack the permission")
     events.sort(key=lambda event: getattr(event, field), reverse=True)
     return {e.key: (e.count / calls, getattr(e, field) / 1e6 / calls) for e in events}
 
@@ -109,6 +121,7 @@ def environment() -> dict:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
         "freezing": os.environ.get("TORCHINDUCTOR_FREEZING"),
+        "cudnn_attention_last": os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED"),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         **versions(),
         "code": git_hash(),
