@@ -18,10 +18,11 @@ from timm.layers import to_2tuple
 from timm.utils.misc import ParseKwargs
 
 from models import REDUCTIONS
-from models.reduction import CHOICES, Reduction
+from models.reduction import CHOICES, Reduction, ReductionSettings
 from models.vit import REDUCTION_KEYWORDS
 from models.weights import WEIGHT_SOURCES, merged_settings
 
+DEFAULTS = ReductionSettings()
 DEFAULT_MODEL = "bat_deit_small_patch16_224"
 DEFAULT_SIZE = (224, 224)
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR100", "CIFAR", "INAT", "INAT19", "DEMO")
@@ -220,36 +221,38 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reduction", type=reduction_method, metavar="METHOD",
         help=f"{', '.join(REDUCTIONS)}, or my_module:my_method, which is imported; tome is a "
         "variant of ToMe at the other methods' blocks, and as published with --tome-r; default: "
-        "the checkpoint's, or bat")
+        f"the checkpoint's, or {DEFAULTS.reduction}")
     add("--reduction-loc", "--drop-loc", nargs="*", metavar="BLOCK", action=_Blocks,
         help="indices of the reducing blocks, from 0; default: the checkpoint's, or those after a "
         "quarter, half and three quarters of the depth")
     add("--cluster-ratio", type=finite,
         help="share of the kept tokens spent on clusters, in [0, 1]; 0 drops the inattentive "
-        "tokens; default: the checkpoint's, or 0")
+        f"tokens; default: the checkpoint's, or {DEFAULTS.cluster_ratio:g}")
     add("--match-ratio", type=finite,
         help="matched pairs per kept token that is not a cluster, in [0, 1]; default: the "
-        "checkpoint's, or 0.5")
+        f"checkpoint's, or {DEFAULTS.match_ratio:g}")
     add("--merge-weights", choices=CHOICES["merge_weights"],
         help="weights inside a merged token: of bat, its importance, 1, or the patches it stands "
-        "for; default: the checkpoint's, or importance")
+        f"for; default: the checkpoint's, or {DEFAULTS.merge_weights}")
     add("--features", choices=CHOICES["features"],
         help="what clustering and matching compare: tokens, or keys of the block's attention "
-        "(mean over heads); default: the checkpoint's, or tokens")
+        f"(mean over heads); default: the checkpoint's, or {DEFAULTS.features}")
     add("--density-neighbors", type=at_least(0), metavar="N",
         help="nearest tokens, itself included, that a density is the mean over; 0: all; default: "
-        "the checkpoint's, or 5")
+        f"the checkpoint's, or {DEFAULTS.density_neighbors}")
     add("--proportional-attention", choices=CHOICES["proportional_attention"],
         help="attend to a merged token as to the patches it stands for (log size on its key's "
-        "logits); auto: on for bat, tome, dpcknn and ppt; default: the checkpoint's, or auto")
+        "logits); auto: on for bat, tome, dpcknn and ppt; default: the checkpoint's, or "
+        f"{DEFAULTS.proportional_attention}")
     add("--tome-r", type=at_least(1), metavar="R",
         help="tokens that each stage removes, ToMe's r, instead of --keep-rate, which ends it. "
         "Makes tome the published method (on keys, in all blocks by default); for tome and ppt")
     add("--ppt-threshold", type=finite,
-        help="variance of the scores from which on ppt prunes; default: the checkpoint's, or 7e-5")
+        help="variance of the scores from which on ppt prunes; default: the checkpoint's, or "
+        f"{DEFAULTS.ppt_threshold:g}")
     add("--evo-readout", choices=CHOICES["evo_readout"],
         help="evo classifies the class token, or the mean patch with a second head in training; "
-        "default: the checkpoint's, or class")
+        f"default: the checkpoint's, or {DEFAULTS.evo_readout}")
     add("--importance", choices=CHOICES["importance"][1:],
         help="of a token: the class token's attention to it, or what it receives from all tokens; "
         "default: the checkpoint's, or class where there is a class token")
