@@ -551,10 +551,10 @@ REDUCTIONS: dict[str, Reduction] = {
         assign_dpcknn, WEIGHTS["mean"], clusters=lambda budget: budget.kept, is_proportional=True
     ),
     "tome": Reduction(assign_tome, WEIGHTS["size"], takes_r=True, is_proportional=True),
-    "ppt": Reduction(assign_ppt, WEIGHTS["size"], takes_r=True, is_proportional=True),
     "random": Reduction(assign_random),
     # Evo-ViT (Xu et al., AAAI 2022): all patches compete, by the score of `models.evo`.
     "evo": Reduction(assign_topk, waits=True),
+    "ppt": Reduction(assign_ppt, WEIGHTS["size"], takes_r=True, is_proportional=True),
     "bat": Reduction(
         assign_bat, clusters=lambda budget: budget.clusters, splits=True, is_proportional=True
     ),
