@@ -209,6 +209,7 @@ def test_every_batch_is_read_once_and_shown_to_all(flags, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("where, number", [(22, signal.SIGINT), (44, signal.SIGTERM)])
 def test_interrupted_sweep_goes_on(flags, single, tmp_path, monkeypatch, capsys, where, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     timed, calls, stored = sweep.timed, [], []
 
     def interrupt(run, *args):
