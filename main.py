@@ -537,13 +537,13 @@ def train(
     num_steps = sampler.epoch_length // args.batch_size // args.accum_steps * args.accum_steps
     save = partial(save_checkpoint, folder=folder, device=device)
     final = options.keep_rate_at(args.epochs) if options.keep_rate_at else state.model.keep_rates
-    begin = time.time()
+    begin = time.monotonic()
     try:
         for epoch in range(state.epoch, args.epochs):
             # Train
             is_warm_up = epoch < args.evo_layerwise_epochs
             change_reduction(state, state.model.keep_rates, is_warm_up, compiled=args.compile)
-            first_step, epoch_begin = state.step, time.time()
+            first_step, epoch_begin = state.step, time.monotonic()
             sampler.set_epoch(epoch, start=first_step * args.batch_size)
             result = train_one_epoch(
                 state,
@@ -563,7 +563,7 @@ def train(
                 rates = options.keep_rate_at(epoch + 1)
                 change_reduction(state, rates, is_warm_up, compiled=args.compile)
             images = (num_steps - first_step) * args.batch_size * get_world_size()
-            entry = epoch_entry(state, result, images, time.time() - epoch_begin)
+            entry = epoch_entry(state, result, images, time.monotonic() - epoch_begin)
             if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
                 entry |= validate(args, state, val_loader, device, folder, stop_requested, final)
             # Log and save
@@ -575,7 +575,7 @@ def train(
     except PreemptedError:
         save(state)
         raise
-    took = datetime.timedelta(seconds=int(time.time() - begin))
+    took = datetime.timedelta(seconds=int(time.monotonic() - begin))
     logger.info(f"Training time {took}, best Acc@1 {state.best.get('test_acc1', math.nan):.3f}")
 
 

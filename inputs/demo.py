@@ -189,7 +189,7 @@ def make_demo(
     root = Path(root).expanduser().absolute()
     try:
         if not is_demo(root):
-            if root.exists() and any(root.iterdir()):
+            if root.exists() and any(root.iterdir()) and not is_demo(root):  # by another run
                 raise InputError(f"{root} holds something else than a demo set; not touched")
             root.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:

@@ -27,19 +27,20 @@ cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch from the root of the repo
 export GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:?ask for GPUS with --gpus-per-node}}"
 
 # On several nodes the run is a job step, which torchrun is in; on one it is this shell's child.
-stopped=""
+stopped="" run=""
 stop_run() {
     stopped=yes
     if ((${SLURM_NNODES:-1} > 1)); then
         scancel --signal=TERM "$SLURM_JOB_ID" || true # the steps, not this shell
     else
-        kill -TERM "$run" || true
+        [ -z "$run" ] || kill -TERM "$run" || true
     fi
 }
 
+trap stop_run USR1 TERM # first: a signal may come while the run is being started
 bash "$@" &
 run=$!
-trap stop_run USR1 TERM
+[ -z "$stopped" ] || stop_run
 while true; do # a signal ends `wait` early
     code=0
     wait "$run" || code=$?

@@ -142,7 +142,7 @@ def run_process(*flags: object, launcher: tuple[str, ...] = ()) -> Result:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,  # compiling takes a minute on an idle machine
     )
 
 

@@ -19,6 +19,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ class Run:
     def kill(self) -> None:
         """SIGKILL to the process and its children, unless it has ended already."""
         if self.poll() is None:
-            self.send(signal.SIGKILL, group=True)
+            with suppress(ProcessLookupError):  # it has ended in between
+                self.send(signal.SIGKILL, group=True)
             assert self.wait() in (-signal.SIGKILL, 0)
 
 
@@ -220,8 +222,9 @@ def newest_version(folder: Path) -> int | None:
 
 
 def progress(folder: Path) -> tuple[int, int]:
-    """Epoch and step of a run's newest checkpoint."""
-    checkpoint = load(folder / "checkpoint.pth")
+    """Epoch and step of a run's newest checkpoint, which may not be in its place yet."""
+    pending = folder / "checkpoint.pending.pth"
+    checkpoint = load(pending if pending.exists() else folder / "checkpoint.pth")
     return checkpoint["epoch"], checkpoint["step"]
 
 

@@ -273,7 +273,7 @@ def test_without_a_network_one_line_says_what_was_tried(data_path: Path, flags: 
     """As a process, so that whatever a library prints is seen; its cache is empty."""
     done = subprocess.run(
         [sys.executable, "main.py", *flags, *ONE_EPOCH, "--data-path", data_path],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nowhere"},
     )  # fmt: skip
     line = one_line(done.stderr)
@@ -312,7 +312,7 @@ def test_torch_hub_finds_the_models() -> None:
         "keep_rate=0.4); print(r.keep_rates)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and done.stdout.startswith("(0.4, 0.4)"), done.stderr
 

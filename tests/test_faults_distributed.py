@@ -105,13 +105,13 @@ def test_hanging_rank(launcher: Launcher, train_flags: list[str], tmp_path: Path
     for lost in (0, 1):  # two runs side by side, for they mostly wait
         folder = tmp_path / str(lost)
         flags = [*train_flags, "--output-dir", folder, "--checkpoint-interval", "1"]
-        runs[lost] = launcher.ranks(2, *flags, "--dist-timeout", 5 / 60)
+        runs[lost] = launcher.ranks(2, *flags, "--dist-timeout", 20 / 60)
         wait_for_checkpoints(runs[lost], folder, 2)
         runs[lost][lost].send(signal.SIGSTOP)
     stopped = time.monotonic()
     for lost in (0, 1):
         assert_stopped_by_backend(runs[lost][1 - lost], 1 - lost)
-        assert time.monotonic() - stopped < 30
+        assert time.monotonic() - stopped < 90
         runs[lost][lost].kill()
 
 
@@ -138,7 +138,7 @@ def test_torchrun_restarts_a_killed_rank(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", "--max-restarts", "1", "main.py"]
     run = launcher.command(*torchrun, *flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
-    wait_for_checkpoints([run], tmp_path, 4)
+    wait_for_checkpoints([run], tmp_path, 6)  # four before the next that is at step 0
     first = ranks_of(run.pid)
     assert sorted(first) == [0, 1]
     os.kill(first[1], signal.SIGKILL)

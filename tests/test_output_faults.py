@@ -55,9 +55,10 @@ def fill(disk: Path, run: Run | None = None) -> Callable[[], None]:
     if not os.path.ismount(disk):
         full = [disk / "log.txt.partial", disk / "checkpoint.pending.pth.partial"]
         for path in full:
-            while not path.is_symlink():
+            while True:
                 with suppress(FileExistsError):  # it is being written
                     path.symlink_to("/dev/full")
+                    break
         return lambda: [path.unlink(missing_ok=True) for path in full]
     filler = disk / "filler"
     file = os.open(filler, os.O_WRONLY | os.O_CREAT)

@@ -179,7 +179,7 @@ def test_both_launchers(
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "--nproc_per_node=2", "--standalone", "main.py",
          *words, *SMALL, "--world_size", "2", "--dist_url", "env://"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(read_log(tmp_path / "out")) == 1
