@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES = ("blue", "green", "red", "yellow")
 COLOURS = ((40, 60, 200), (40, 180, 60), (200, 50, 40), (210, 200, 50))
 TRAIN_IMAGES, VAL_IMAGES = 16, 6  # per class
+
+# Inductor's kernels; its decompositions alone where there is no compiler for them.
+HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+INDUCTOR = "inductor" if HAS_COMPILER else "aot_eager_decomp_partition"
 
 # BAT as it was designed: all of its parts take part.
 DESIGN = {"cluster_ratio": 0.4, "match_ratio": 0.1, "proportional_attention": "off"}

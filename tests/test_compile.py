@@ -1,12 +1,11 @@
 """The whole model is one graph for every batch size, and computes the same when compiled."""
 
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch._inductor.config
-from conftest import build_tiny
+from conftest import INDUCTOR, build_tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -133,13 +132,10 @@ def test_a_changing_keep_rate_stays_a_constant() -> None:
 
 
 def test_generated_code_computes_the_same() -> None:
-    """Inductor's C++ kernels; its decompositions alone where there is no compiler for them."""
-    has_compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-    backend = "inductor" if has_compiler else "aot_eager_decomp_partition"
     model = build_tiny(depth=1, reduction_loc=(0,), keep_rate=0.5)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch._inductor.config.patch(compile_threads=1):
-        compiled = torch.compile(model.forward_with_assignments, backend=backend, fullgraph=True)
+        compiled = torch.compile(model.forward_with_assignments, backend=INDUCTOR, fullgraph=True)
         logits, assignments = compiled(images)
         expected, expected_assignments = model.forward_with_assignments(images)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)

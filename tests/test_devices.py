@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DESIGN, PLAIN_FLAGS, TINY_FLAGS, Result, build_tiny, read_log, run_process
+from conftest import (
+    DESIGN,
+    INDUCTOR,
+    PLAIN_FLAGS,
+    TINY_FLAGS,
+    Result,
+    build_tiny,
+    read_log,
+    run_process,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_helpers import Task
@@ -102,7 +111,7 @@ def test_groups_are_those_of_a_cpu(device: str, num_tokens: int) -> None:
         x, importance = (y[:, : num_tokens // repeated].repeat_interleave(repeated, dim=1)
                          for y in (x, importance))  # fmt: skip
         expected = bat_assignment(x, importance, *arguments)
-        compiled = torch.compile(bat_assignment, fullgraph=True, dynamic=False)
+        compiled = torch.compile(bat_assignment, backend=INDUCTOR, fullgraph=True, dynamic=False)
         for assign in (bat_assignment, compiled):
             groups = assign(x.to(device), importance.to(device), *arguments)
             assert torch.equal(groups.cpu(), expected)
