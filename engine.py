@@ -306,24 +306,25 @@ class BatchScores(NamedTuple):
         correct1: (B,) bool, the target has the largest logit.
         correct5: (B,) bool, the target is among the five largest logits.
         loss: (B,) float32 cross-entropy.
+        predicted: (B,) int64 class of the largest logit; of several equal ones, which low precision
+            makes likely, the first.
     """
 
     correct1: Tensor
     correct5: Tensor
     loss: Tensor
+    predicted: Tensor
 
 
 def score_batch(logits: Tensor, targets: Tensor, is_bad: Tensor) -> BatchScores:
-    """Scores logits (B, classes) against targets (B,); an unreadable image counts as wrong.
-
-    Of several largest logits, which low precision makes likely, the first counts.
-    """
+    """Scores logits (B, classes) against targets (B,); an unreadable image counts as wrong."""
     logits, is_good = logits.float(), ~is_bad.bool()
-    correct1 = (logits.argmax(dim=1) == targets) & is_good
+    predicted = logits.argmax(dim=1)
+    correct1 = (predicted == targets) & is_good
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     correct5 = (top == targets.unsqueeze(1)).any(dim=1) & is_good
     loss = F.cross_entropy(logits, targets, reduction="none")
-    return BatchScores(correct1, correct1 | correct5, loss)
+    return BatchScores(correct1, correct1 | correct5, loss, predicted)
 
 
 @torch.no_grad()
@@ -376,7 +377,7 @@ def evaluate(
         scores = score_batch(logits, targets, is_bad)
         if correct is not None:
             correct.append(scores.correct1)
-        parts = [part.double().sum() for part in (*scores, torch.ones_like(targets), is_bad)]
+        parts = [part.double().sum() for part in (*scores[:3], torch.ones_like(targets), is_bad)]
         unread.append(torch.stack(parts))
         if index % print_freq == 0 or index == len(data_loader) - 1:
             for batch in torch.stack(unread).cpu():

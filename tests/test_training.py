@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import CPU, Task, parse
 
 import engine
-from engine import DivergenceError, PreemptedError, TrainState, evaluate
+from engine import DivergenceError, PreemptedError, TrainState, evaluate, score_batch
 from main import build_criterion, build_mixup, find_training_mode, train_options
 from utils import AMP_DTYPES, InputError, logger, sum_later
 
@@ -412,3 +412,11 @@ def test_two_processes_train_as_one(
         assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
     assert logs[0][-1]["train_loss"] < 0.9 * logs[0][0]["train_loss"], "there is something to learn"
     assert logs[0][0]["test_num_images"] == 24
+
+
+def test_of_equal_logits_the_first_counts() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0, 0.0, 0.0, 0.0]] * 4, dtype=torch.bfloat16)
+    scores = score_batch(logits, torch.tensor([1, 2, 6, 1]), torch.tensor([0, 0, 0, 1]))
+    assert scores.predicted.tolist() == [1] * 4
+    assert scores.correct1.tolist() == [True, False, False, False], "the last is unreadable"
+    assert scores.correct5[:2].all() and not scores.correct5[3]

@@ -374,7 +374,7 @@ def get_args_parser() -> ArgumentParser:
         help="float32 (matrix products without TF32), or autocast to bf16 or fp16, the weights "
         "staying float32")
     add("--compile", nargs="?", const="default", metavar="MODE",
-        choices=("default", "reduce-overhead", "max-autotune"),
+        choices=("default", *timing.GRAPH_MODES),
         help="torch.compile, one graph a shape; MODE: default, reduce-overhead (CUDA graphs), "
         "max-autotune")
     add("--threads", type=at_least(1), help="of PyTorch on the CPU")

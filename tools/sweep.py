@@ -148,10 +148,10 @@ def open_predictions(
 
     Returns:
         By name: settings, as JSON; num_done, the images that every configuration has seen: columns
-        from there on are open; of `shape` (configurations, images) predicted, the class of the
-        largest logit, correct1, correct5 and loss, see `BatchScores`, and seconds, the image's
-        share of its batch's forward time (NaN: not timed); of shape (images,) is_bad, whether the
-        image could not be read and counts as wrong.
+        from there on are open; of `shape` (configurations, images) predicted, correct1, correct5
+        and loss, see `BatchScores`, and seconds, the image's share of its batch's forward time
+        (NaN: not timed); of shape (images,) is_bad, whether the image could not be read and counts
+        as wrong.
 
     Raises:
         InputError: the file is damaged, or the earlier sweep had other settings (they are named).
@@ -305,7 +305,6 @@ def run_sweep(
                 here = slice(start, start + len(images))
                 answers = timed_logits(contenders, configurations, images, setting)
                 for row, (logits, seconds) in enumerate(answers):
-                    predictions["predicted"][row, here] = logits.float().argmax(dim=1).cpu()
                     for name, values in score_batch(logits, targets, is_bad)._asdict().items():
                         predictions[name][row, here] = values.cpu()
                     if times_all or (number > 1 and len(images) == args.batch_size):
